@@ -1,0 +1,1 @@
+"""Float networks, batch-norm folding, quantized layers and blocks, and their reconstruction units."""

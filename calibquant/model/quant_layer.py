@@ -1,0 +1,134 @@
+"""Quantized layers: weights and biases as buffers, a weight quantizer and an output quantizer.
+
+A layer is convolution or linear, then maybe ReLU, then maybe the output's quantizer. Batch norm is
+folded before a layer is made.
+"""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from calibquant.model.fold_bn import fold_bn
+from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
+
+
+class QuantLayer(nn.Module, ABC):
+    """A weighted operation on a quantized weight.
+
+    Args:
+        weight, bias: the float parameters, kept as buffers: reconstruction never trains them.
+        weight_quantizer: a quantizer, or the integers that the weight already is.
+        output_quantizer: quantizes the output (after the ReLU), identity for none.
+        relu: whether a ReLU follows the operation.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        weight_quantizer: FakeQuantize | IntegerWeight,
+        output_quantizer: nn.Module | None = None,
+        relu: bool = False,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach().clone())
+        self.register_buffer("bias", bias.detach().clone())
+        self.weight_quantizer = weight_quantizer
+        self.output_quantizer = nn.Identity() if output_quantizer is None else output_quantizer
+        self.relu = relu
+
+    @abstractmethod
+    def operate(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The operation itself, with the given weight and the layer's bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.operate(x, self.weight_quantizer(self.weight))
+        if self.relu:
+            y = F.relu(y)
+        out: Tensor = self.output_quantizer(y)
+        return out
+
+    def calibrate_weight(self) -> None:
+        """Set the weight quantizer's range from the weight.
+
+        Raises:
+            ValueError: the weight is hardened, or holds NaN.
+        """
+        if isinstance(self.weight_quantizer, IntegerWeight):
+            raise ValueError("the weight is integer already; its range is settled")
+        observer = self.weight_quantizer.make_observer()
+        self.weight_quantizer.set_range(*observer.range_of(self.weight))
+
+    def set_integer_weight(self, integers: IntegerWeight) -> None:
+        """Replace weight and weight quantizer by integers and the values they stand for."""
+        self.weight_quantizer = integers
+        self.weight = integers.dequantize()
+
+    def harden_weight(self) -> None:
+        """Settle the weight's integers; rounding logits, if any, are gone afterwards."""
+        if isinstance(self.weight_quantizer, FakeQuantize):
+            self.set_integer_weight(IntegerWeight.harden(self.weight_quantizer, self.weight))
+
+
+class QuantConv2d(QuantLayer):
+    """A convolution with its batch norm folded in."""
+
+    def __init__(
+        self,
+        convolution: nn.Conv2d,
+        norm: nn.BatchNorm2d,
+        weight_quantizer: FakeQuantize | IntegerWeight,
+        output_quantizer: nn.Module | None = None,
+        relu: bool = False,
+    ) -> None:
+        weight, bias = fold_bn(convolution, norm)
+        super().__init__(weight, bias, weight_quantizer, output_quantizer, relu)
+        assert isinstance(convolution.padding, tuple)
+        self.stride = convolution.stride
+        self.padding = convolution.padding
+        self.groups = convolution.groups
+
+    def operate(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, 1, self.groups)
+
+
+class QuantLinear(QuantLayer):
+    """A fully connected layer."""
+
+    def __init__(self, linear: nn.Linear, weight_quantizer: FakeQuantize | IntegerWeight) -> None:
+        super().__init__(linear.weight, linear.bias, weight_quantizer)
+
+    def operate(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
+
+def layers(module: nn.Module) -> list[tuple[str, QuantLayer]]:
+    """Named quantized layers inside a module, in order (itself with name '')."""
+    return [(name, m) for name, m in module.named_modules() if isinstance(m, QuantLayer)]
+
+
+def calibrate_weights(module: nn.Module) -> None:
+    """Set the range of every weight quantizer from its weight.
+
+    Raises:
+        ValueError: a weight holds NaN or infinity; the message names its layer.
+    """
+    for name, layer in layers(module):
+        try:
+            layer.calibrate_weight()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def harden(module: nn.Module) -> None:
+    """Settle everything learned: weights become integers, activation qparams become fixed."""
+    for _, layer in layers(module):
+        layer.harden_weight()
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, FakeQuantize):
+                setattr(parent, name, child.hardened())

@@ -1,0 +1,166 @@
+"""The quantized residual network and the ordered list of units that reconstruction walks through.
+
+Activations are quantized after the ReLU of the stem, of each inner convolution of a block, and after
+each residual addition and its ReLU. The input image, a block's last convolution, its projection and
+the logits are not (QDrop, Wei et al. 2022).
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from calibquant.model.quant_layer import QuantConv2d, QuantLayer, QuantLinear
+from calibquant.model.resnet import ResidualBlock, ResNet
+from calibquant.quantization.fake_quant import FakeQuantize, QuantizerConfig, Role
+
+
+class End(Enum):
+    """What may stay at 8 bits at the two ends of the network."""
+
+    STEM_WEIGHT = "stem_weight"
+    STEM_OUTPUT = "stem_output"
+    CLASSIFIER_INPUT = "classifier_input"
+    CLASSIFIER_WEIGHT = "classifier_weight"
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How weights and activations are quantized, and which ends stay at 8 bits."""
+
+    weight: QuantizerConfig
+    activation: QuantizerConfig
+    ends_8bit: frozenset[End]
+
+    def weight_quantizer(self) -> FakeQuantize:
+        return self.weight.build(Role.WEIGHT)
+
+    def activation_quantizer(self) -> FakeQuantize:
+        return self.activation.build(Role.ACTIVATION)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is reconstructed at once: a module that reads named activations and writes one.
+
+    A network is a straight-line program over the names ``x`` (the trunk), ``skip`` and ``h`` (inside a
+    block, at layer granularity).
+    """
+
+    name: str
+    module: nn.Module
+    reads: tuple[str, ...] = ("x",)
+    writes: str = "x"
+
+
+class QuantStem(nn.Module):
+    """First convolution, ReLU, quantizer and pooling."""
+
+    def __init__(self, model: ResNet, spec: QuantSpec) -> None:
+        super().__init__()
+        self.conv1 = QuantConv2d(
+            model.conv1, model.bn1, spec.weight_quantizer(), spec.activation_quantizer(), relu=True
+        )
+        self.maxpool = model.maxpool
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.maxpool(self.conv1(x))
+        return out
+
+
+class ResidualJoin(nn.Module):
+    """The last convolution of a branch, the residual addition, ReLU and the block's quantizer."""
+
+    def __init__(self, last: QuantLayer, output_quantizer: FakeQuantize) -> None:
+        super().__init__()
+        self.last = last
+        self.output_quantizer = output_quantizer
+
+    def forward(self, h: Tensor, skip: Tensor) -> Tensor:
+        out: Tensor = self.output_quantizer(F.relu(self.last(h) + skip))
+        return out
+
+
+class QuantResidualBlock(nn.Module):
+    """Any residual block: what differs between families is only its list of convolutions."""
+
+    def __init__(self, block: ResidualBlock, spec: QuantSpec) -> None:
+        super().__init__()
+        *inner, (_, last) = block.branch()
+        self.branch = nn.Sequential()
+        for name, (convolution, norm) in inner:
+            quantizers = spec.weight_quantizer(), spec.activation_quantizer()
+            self.branch.add_module(name, QuantConv2d(convolution, norm, *quantizers, relu=True))
+        projection = block.shortcut()
+        self.shortcut: nn.Module = nn.Identity()
+        if projection is not None:
+            self.shortcut = QuantConv2d(*projection, spec.weight_quantizer())
+        self.join = ResidualJoin(QuantConv2d(*last, spec.weight_quantizer()), spec.activation_quantizer())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.join(self.branch(x), self.shortcut(x))
+        return out
+
+    def layer_units(self, name: str) -> list[Unit]:
+        """The block as units of one layer each; the last one includes the residual addition."""
+        units, skip, h = [], "x", "x"
+        if isinstance(self.shortcut, QuantLayer):
+            units.append(Unit(f"{name}.shortcut", self.shortcut, ("x",), "skip"))
+            skip = "skip"
+        for child, layer in self.branch.named_children():
+            units.append(Unit(f"{name}.{child}", layer, (h,), "h"))
+            h = "h"
+        return [*units, Unit(f"{name}.join", self.join, (h, skip), "x")]
+
+
+class QuantClassifier(nn.Module):
+    """Global average pooling and the fully connected layer."""
+
+    def __init__(self, model: ResNet, spec: QuantSpec) -> None:
+        super().__init__()
+        self.fc = QuantLinear(model.fc, spec.weight_quantizer())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return out
+
+
+class QuantResNet(nn.Module):
+    """A ResNet with batch norm folded and quantizers where the module's docstring says."""
+
+    def __init__(self, model: ResNet, spec: QuantSpec) -> None:
+        super().__init__()
+        self.stem = QuantStem(model, spec)
+        self.block_names = [name for name, _ in model.blocks()]
+        self.blocks = nn.ModuleList(QuantResidualBlock(b, spec) for _, b in model.blocks())
+        self.classifier = QuantClassifier(model, spec)
+        for end in spec.ends_8bit:
+            self._end_quantizer(end).set_bits(8)
+
+    def _end_quantizer(self, end: End) -> FakeQuantize:
+        last_block = self.blocks[-1]
+        assert isinstance(last_block, QuantResidualBlock)
+        quantizer = {
+            End.STEM_WEIGHT: self.stem.conv1.weight_quantizer,
+            End.STEM_OUTPUT: self.stem.conv1.output_quantizer,
+            End.CLASSIFIER_INPUT: last_block.join.output_quantizer,
+            End.CLASSIFIER_WEIGHT: self.classifier.fc.weight_quantizer,
+        }[end]
+        assert isinstance(quantizer, FakeQuantize)
+        return quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[N, num_classes]`` of images ``[N, 3, H, W]``."""
+        for unit in self.units("block"):
+            x = unit.module(x)
+        return x
+
+    def units(self, granularity: str) -> list[Unit]:
+        """What is reconstructed, in dataflow order: residual blocks, or (``layer``) single layers."""
+        stem, classifier = Unit("stem", self.stem), Unit("classifier", self.classifier)
+        middle: list[Unit] = []
+        for name, block in zip(self.block_names, self.blocks, strict=True):
+            assert isinstance(block, QuantResidualBlock)
+            middle += block.layer_units(name) if granularity == "layer" else [Unit(name, block)]
+        return [stem, *middle, classifier]

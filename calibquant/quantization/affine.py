@@ -1,0 +1,158 @@
+"""Affine quantization as pure functions: the one copy of every formula.
+
+Quantization parameters (qparams) arrive broadcast-shaped: a scalar tensor for per-tensor, and e.g.
+``[C, 1, 1, 1]`` for per-channel quantization of a convolution's weight, so that both are one path.
+Rounding is half-to-even on ``x * (1 / scale)``, then the zero-point is added, as torch's own
+``fake_quantize_per_tensor_affine`` does.
+"""
+
+import torch
+from torch import Tensor
+
+SCALE_EPS = torch.finfo(torch.float32).eps
+"""Smallest scale: below it ``1 / scale`` leaves float32's comfortable range."""
+
+ZETA, GAMMA = 1.1, -0.1
+"""Stretch of the rectified sigmoid (Louizos et al. 2018; AdaRound, Nagel et al. 2020, eq. 23)."""
+
+
+def quant_bounds(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Return ``(quant_min, quant_max)``: unsigned for asymmetric, signed for symmetric grids.
+
+    Raises:
+        ValueError: bits outside 2..8.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits is {bits}, allowed are 2 to 8")
+    if symmetric:
+        return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return 0, 2**bits - 1
+
+
+def choose_qparams_affine(
+    min_val: Tensor, max_val: Tensor, quant_min: int, quant_max: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point whose grid covers the clipping range ``[min_val, max_val]`` and zero.
+
+    Args:
+        min_val, max_val: clipping range, any shape (one element per tensor or channel).
+        symmetric: one step size on both sides of a zero-point of 0.
+
+    Returns:
+        ``(scale, zero_point)``, float32, shaped as the range; zero_point holds integers.
+    """
+    min_val = torch.clamp(min_val, max=0.0)
+    max_val = torch.clamp(max_val, min=0.0)
+    levels = float(quant_max - quant_min)
+    if symmetric:
+        scale = torch.clamp(2 * torch.maximum(-min_val, max_val) / levels, min=SCALE_EPS)
+        return scale, torch.zeros_like(scale)
+    scale = torch.clamp((max_val - min_val) / levels, min=SCALE_EPS)
+    zero_point = torch.clamp(quant_min - torch.round(min_val / scale), quant_min, quant_max)
+    return scale, zero_point
+
+
+def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Integer codes of ``x`` (as floats): ``clamp(round(x / scale) + zero_point)``."""
+    return torch.round(x * (1.0 / scale)).add_(zero_point).clamp_(quant_min, quant_max)
+
+
+def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Real values of integer codes: ``(codes - zero_point) * scale``."""
+    return (codes - zero_point).mul_(scale)
+
+
+def fake_quantize_affine(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float = 1.0,
+) -> Tensor:
+    """Quantize and dequantize, differentiable in ``x``, ``scale`` and ``zero_point``.
+
+    Straight-through inside the clipping range; the step size's gradient is LSQ's (Esser et al. 2020,
+    eq. 3), the zero-point's LSQ+'s (Bhalgat et al. 2020), both times ``grad_factor`` (LSQ, section
+    2.2: ``1 / sqrt(numel * quant_max)``).
+    """
+    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, grad_factor)
+    return result
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """The gradients of :func:`fake_quantize_affine`, written out to spare memory traffic."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, grad_factor):  # type: ignore[no-untyped-def, override]
+        zero_point = torch.clamp(torch.round(zero_point), quant_min, quant_max)
+        y = dequantize_affine(
+            quantize_affine(x, scale, zero_point, quant_min, quant_max), scale, zero_point
+        )
+        ctx.save_for_backward(x, y, scale, zero_point)
+        ctx.bounds = quant_min, quant_max, grad_factor
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        x, y, scale, zero_point = ctx.saved_tensors
+        quant_min, quant_max, grad_factor = ctx.bounds
+        low = (quant_min - zero_point - 0.5) * scale
+        high = (quant_max - zero_point + 0.5) * scale
+        inside = (x >= low).logical_and_(x <= high)
+        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        grad_scale = grad_zero_point = None
+        if ctx.needs_input_grad[1]:
+            # inside: round(x/s) - x/s; outside: the bound's distance from the zero-point, y/s
+            slope = torch.addcmul(y, x, inside, value=-1).mul_(grad)
+            grad_scale = slope.sum_to_size(scale.shape) * (grad_factor / scale)
+        if ctx.needs_input_grad[2]:
+            outside = grad * inside.logical_not_()
+            grad_zero_point = outside.sum_to_size(zero_point.shape) * (-grad_factor * scale)
+        return grad_x, grad_scale, grad_zero_point, None, None, None
+
+
+def lsq_grad_factor(x: Tensor, qparam: Tensor, quant_max: int) -> float:
+    """LSQ's gradient scale ``1 / sqrt(elements per step size * quant_max)`` (Esser et al. 2020)."""
+    return float((x.numel() / qparam.numel() * quant_max) ** -0.5)
+
+
+def rectified_sigmoid(logits: Tensor) -> Tensor:
+    """Soft rounding ``h`` in [0, 1] from rounding logits (AdaRound, Nagel et al. 2020, eq. 23)."""
+    return (torch.sigmoid(logits) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
+
+
+def initial_rounding_logits(weight: Tensor, scale: Tensor) -> Tensor:
+    """Rounding logits for which soft rounding reproduces the weight: ``h = frac(weight / scale)``."""
+    ratio = weight / scale
+    fraction = ratio - torch.floor(ratio)
+    return -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)
+
+
+def round_from_floor(
+    floor: Tensor,
+    h: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """Dequantized weight whose floor ``floor(weight / scale)`` is moved up by ``h`` in [0, 1]."""
+    low, high = quant_min - zero_point, quant_max - zero_point
+    return torch.minimum(torch.maximum(floor + h, low), high) * scale
+
+
+def rounding_regularizer(h: Tensor, b: float | Tensor) -> Tensor:
+    """Sum of ``1 - |2h - 1|^b``: zero only where every ``h`` is 0 or 1 (AdaRound, eq. 24)."""
+    return (1 - (2 * h - 1).abs().pow(b)).sum()
+
+
+def random_mask_like(x: Tensor, chance: float, generator: torch.Generator | None) -> Tensor:
+    """Boolean mask laid out as dense ``x``, each element true with the given chance in steps of 1/256.
+
+    Eight elements share one 64-bit draw: drawing is what dropping costs on a CPU.
+    """
+    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
+    words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
+    draws = words.view(torch.uint8)[: x.numel()].as_strided(x.shape, x.stride())
+    return draws < round(chance * 256)

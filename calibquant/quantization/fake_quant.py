@@ -1,0 +1,307 @@
+"""Quantizers: modules that own the qparams of one weight or activation and simulate its integers.
+
+What varies is what can be learned: nothing (`FixedFakeQuantize`), the step size (`LSQFakeQuantize`,
+Esser et al. 2020), step size and zero-point (`LSQPlusFakeQuantize`, Bhalgat et al. 2020), or whether
+each weight rounds up or down (`AdaRoundFakeQuantize`, Nagel et al. 2020). `IntegerWeight` is what a
+weight's quantizer becomes once that is settled. All arithmetic is in :mod:`affine`.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from calibquant.quantization.affine import (
+    SCALE_EPS,
+    choose_qparams_affine,
+    dequantize_affine,
+    fake_quantize_affine,
+    initial_rounding_logits,
+    lsq_grad_factor,
+    quant_bounds,
+    quantize_affine,
+    random_mask_like,
+    rectified_sigmoid,
+    round_from_floor,
+)
+from calibquant.quantization.observer import OBSERVERS, PER_TENSOR, Observer
+from calibquant.quantization.range_search import Grid
+
+
+class Role(Enum):
+    """What a quantizer quantizes."""
+
+    WEIGHT = "weight"
+    ACTIVATION = "activation"
+
+
+@dataclass(frozen=True)
+class Drop:
+    """QDrop's random mixing (Wei et al. 2022): an element stays quantized with chance ``drop_prob``."""
+
+    drop_prob: float
+    generator: torch.Generator | None = None
+
+    def mix(self, quantized: Tensor, full_precision: Tensor) -> Tensor:
+        """Take each element from ``quantized`` with chance ``drop_prob``, else from the other."""
+        if self.drop_prob >= 1.0:
+            return quantized
+        mask = random_mask_like(full_precision, self.drop_prob, self.generator)
+        return torch.where(mask, quantized, full_precision)
+
+
+class FakeQuantize(nn.Module):
+    """Base: qparams, bounds and modes; a subclass says how a tensor is quantized.
+
+    Args:
+        bits: 2 to 8.
+        symmetric: signed grid with a zero-point of 0, else unsigned with a learned or searched one.
+        ch_axis: channel axis of per-channel qparams, -1 for per-tensor.
+        observer: what finds the clipping range.
+        role: weight or activation.
+
+    ``scale`` and ``zero_point`` are ``[C]`` or ``[1]`` and NaN until ranges are calibrated.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        bits: int,
+        symmetric: bool,
+        ch_axis: int,
+        observer: type[Observer],
+        role: Role,
+    ) -> None:
+        super().__init__()
+        self.symmetric = symmetric
+        self.ch_axis = ch_axis
+        self.observer_type = observer
+        self.role = role
+        self.set_bits(bits)
+        self.enabled = True
+        self.drop: Drop | None = None
+        self._register_qparams()
+
+    def _register_qparams(self) -> None:
+        self.register_buffer("scale", torch.full((1,), torch.nan))
+        self.register_buffer("zero_point", torch.zeros(1))
+
+    def set_bits(self, bits: int) -> None:
+        """Change the bit-width; ranges must be calibrated afterwards."""
+        self.quant_min, self.quant_max = quant_bounds(bits, self.symmetric)
+        self.bits = bits
+
+    def make_observer(self) -> Observer:
+        """A fresh observer for this quantizer's grid."""
+        grid = Grid(self.quant_min, self.quant_max, self.symmetric)
+        return self.observer_type(grid, self.ch_axis)
+
+    def set_range(self, min_val: Tensor, max_val: Tensor) -> None:
+        """Set the qparams from a clipping range, each ``[1]`` or ``[C]``."""
+        scale, zero_point = choose_qparams_affine(
+            min_val, max_val, self.quant_min, self.quant_max, self.symmetric
+        )
+        self.scale.data, self.zero_point.data = scale, zero_point
+
+    def learned_qparams(self) -> list[nn.Parameter]:
+        """The step sizes and zero-points that reconstruction may learn."""
+        return [p for p in (self.scale, self.zero_point) if isinstance(p, nn.Parameter)]
+
+    def qparams(self, ndim: int) -> tuple[Tensor, Tensor]:
+        """``(scale, zero_point)`` shaped to broadcast over a tensor of ``ndim`` axes."""
+        scale = torch.clamp(self.scale, min=SCALE_EPS)
+        if self.ch_axis == PER_TENSOR:
+            return scale, self.zero_point
+        shape = [1] * ndim
+        shape[self.ch_axis] = -1
+        return scale.view(shape), self.zero_point.view(shape)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """``x`` on the grid, differentiable in whatever the quantizer learns."""
+        scale, zero_point = self.qparams(x.ndim)
+        factor = lsq_grad_factor(x, self.scale, self.quant_max) if scale.requires_grad else 1.0
+        return fake_quantize_affine(x, scale, zero_point, self.quant_min, self.quant_max, factor)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of ``x`` in ``[quant_min, quant_max]``, as floats."""
+        scale, zero_point = self.hard_qparams(x.ndim)
+        return quantize_affine(x, scale, zero_point, self.quant_min, self.quant_max)
+
+    def hard_qparams(self, ndim: int) -> tuple[Tensor, Tensor]:
+        """The qparams as they are deployed: detached, the zero-point an integer inside the grid."""
+        scale, zero_point = self.qparams(ndim)
+        zero_point = torch.round(zero_point.detach()).clamp(self.quant_min, self.quant_max)
+        return scale.detach(), zero_point
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        quantized = self.quantize(x)
+        return quantized if self.drop is None else self.drop.mix(quantized, x)
+
+    def hardened(self) -> "FixedFakeQuantize":
+        """The same quantizer with its qparams as they are now, fixed."""
+        fixed = FixedFakeQuantize(self.bits, self.symmetric, self.ch_axis, self.observer_type, self.role)
+        scale, zero_point = self.hard_qparams(1)
+        fixed.scale, fixed.zero_point = scale.reshape(-1).clone(), zero_point.reshape(-1).clone()
+        return fixed
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, symmetric={self.symmetric}, ch_axis={self.ch_axis}"
+
+
+class FixedFakeQuantize(FakeQuantize):
+    """Range and step stay as calibrated; rounding is to nearest."""
+
+
+class LSQFakeQuantize(FakeQuantize):
+    """The step size is learned, the zero-point stays (Esser et al. 2020)."""
+
+    def _register_qparams(self) -> None:
+        self.scale = nn.Parameter(torch.full((1,), torch.nan), requires_grad=False)
+        self.register_buffer("zero_point", torch.zeros(1))
+
+
+class LSQPlusFakeQuantize(FakeQuantize):
+    """Step size and zero-point are learned (Bhalgat et al. 2020)."""
+
+    def _register_qparams(self) -> None:
+        self.scale = nn.Parameter(torch.full((1,), torch.nan), requires_grad=False)
+        self.zero_point = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+
+class AdaRoundFakeQuantize(FakeQuantize):
+    """Weights only: each weight's rounding, up or down, is learned (Nagel et al. 2020).
+
+    Between :meth:`start_rounding` and the layer's hardening there are rounding logits, one per
+    weight, and the floor of the scaled weight; outside of that rounding is to nearest.
+    """
+
+    logits: nn.Parameter | None
+    floor: Tensor | None
+
+    def __init__(
+        self, bits: int, symmetric: bool, ch_axis: int, observer: type[Observer], role: Role
+    ) -> None:
+        super().__init__(bits, symmetric, ch_axis, observer, role)
+        self.register_parameter("logits", None)
+        self.register_buffer("floor", None, persistent=False)
+
+    def start_rounding(self, weight: Tensor) -> nn.Parameter:
+        """Make the rounding logits for a weight, so that soft rounding reproduces it; return them."""
+        scale, _ = self.hard_qparams(weight.ndim)
+        self.floor = torch.floor(weight / scale)
+        self.logits = nn.Parameter(initial_rounding_logits(weight, scale))
+        return self.logits
+
+    def soft_rounding(self) -> Tensor:
+        """How far up each weight is rounded, in [0, 1].
+
+        Raises:
+            RuntimeError: no rounding is being learned.
+        """
+        if self.logits is None:
+            raise RuntimeError("soft rounding exists only while rounding is learned")
+        return rectified_sigmoid(self.logits)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        if self.floor is None:
+            return super().quantize(x)
+        scale, zero_point = self.hard_qparams(x.ndim)
+        bounds = self.quant_min, self.quant_max
+        return round_from_floor(self.floor, self.soft_rounding(), scale, zero_point, *bounds)
+
+    def codes(self, x: Tensor) -> Tensor:
+        if self.floor is None or self.logits is None:
+            return super().codes(x)
+        _, zero_point = self.hard_qparams(x.ndim)
+        codes = self.floor + (self.logits >= 0) + zero_point
+        return codes.clamp(self.quant_min, self.quant_max)
+
+
+class IntegerWeight(nn.Module):
+    """The integer codes of a hardened weight and the qparams that give their values.
+
+    Args:
+        codes: uint8, shaped as the weight, counted from the grid's lower bound.
+        scale, zero_point: ``[C]`` or ``[1]``, float32; zero_point holds integers.
+        bits, symmetric, ch_axis: as in :class:`FakeQuantize`.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        bits: int,
+        symmetric: bool,
+        ch_axis: int,
+    ) -> None:
+        super().__init__()
+        self.bits, self.symmetric, self.ch_axis = bits, symmetric, ch_axis
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+
+    @classmethod
+    def harden(cls, quantizer: FakeQuantize, weight: Tensor) -> "IntegerWeight":
+        """Settle a weight's integers: rounded as learned, or to nearest.
+
+        Raises:
+            ValueError: the quantizer's range was never calibrated.
+        """
+        scale, zero_point = quantizer.hard_qparams(1)
+        if not bool(torch.isfinite(scale).all()):
+            raise ValueError("a weight was hardened before its range was calibrated")
+        codes = (quantizer.codes(weight) - quantizer.quant_min).to(torch.uint8)
+        return cls(
+            codes.contiguous(),
+            scale.reshape(-1).clone(),
+            zero_point.reshape(-1).clone(),
+            quantizer.bits,
+            quantizer.symmetric,
+            quantizer.ch_axis,
+        )
+
+    def dequantize(self) -> Tensor:
+        """The weight's real values, float32."""
+        quant_min, _ = quant_bounds(self.bits, self.symmetric)
+        shape = [1] * self.codes.ndim
+        if self.ch_axis != PER_TENSOR:
+            shape[self.ch_axis] = -1
+        scale, zero_point = self.scale.view(shape), self.zero_point.view(shape)
+        return dequantize_affine(self.codes.float() + quant_min, scale, zero_point)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The layer's weight already lies on the grid."""
+        return weight
+
+
+QUANTIZERS: dict[str, type[FakeQuantize]] = {
+    cls.__name__: cls
+    for cls in (FixedFakeQuantize, LSQFakeQuantize, LSQPlusFakeQuantize, AdaRoundFakeQuantize)
+}
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """`quant.w_qconfig` or `quant.a_qconfig`: what to build for each weight or activation."""
+
+    quantizer: str
+    observer: str
+    bit: int
+    symmetric: bool
+    ch_axis: int
+
+    def build(self, role: Role) -> FakeQuantize:
+        """A new quantizer of this kind."""
+        return QUANTIZERS[self.quantizer](
+            self.bit, self.symmetric, self.ch_axis, OBSERVERS[self.observer], role
+        )

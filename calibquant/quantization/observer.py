@@ -1,0 +1,199 @@
+"""Observers: from the tensors that pass by to a clipping range.
+
+A base class keeps the statistics; a subclass says how a range follows from them, in one method.
+Statistics are a running minimum and maximum and, where a search needs it, a streaming histogram, so
+that a search sees all calibration batches in bounded memory. An observer lives only while ranges are
+being calibrated.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from calibquant.quantization.range_search import (
+    Grid,
+    Samples,
+    golden_section_search,
+    grid_search,
+)
+
+PER_TENSOR = -1
+"""The value of `ch_axis` that means one range for the whole tensor, as in the published configs."""
+
+
+def as_rows(x: Tensor, ch_axis: int) -> Tensor:
+    """View ``x`` as ``[rows, n]``: one row per tensor, or one per index of ``ch_axis``."""
+    if ch_axis == PER_TENSOR:
+        return x.reshape(1, -1)
+    return x.movedim(ch_axis, 0).reshape(x.shape[ch_axis], -1)
+
+
+class Histogram:
+    """Streaming histogram of ``[rows, n]`` tensors on a symmetric axis whose bins double at need.
+
+    Zeros are left out: every grid holds zero exactly, so they cost nothing at any range.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.bins = 2**15 if rows == 1 else 2**12
+        self.counts = torch.zeros(rows, self.bins, dtype=torch.int64, device=device)
+        self.width = torch.zeros(rows, dtype=torch.float32, device=device)
+
+    def add(self, rows: Tensor, reach: Tensor) -> None:
+        """Count a batch whose largest magnitude in each row is ``reach``, ``[rows]``."""
+        half = self.bins // 2
+        self.width = torch.where(self.width == 0, reach / half, self.width)
+        while bool((narrow := reach > self.width * half).any()):
+            self._double(narrow)
+        per_bin = 1.0 / self.width.clamp(min=torch.finfo(torch.float32).tiny)
+        for row, values in enumerate(rows):
+            values = values[values != 0]
+            bins = torch.floor(values * per_bin[row]).to(torch.int64).add_(half)
+            self.counts[row] += torch.bincount(bins.clamp_(0, self.bins - 1), minlength=self.bins)
+
+    def _double(self, which: Tensor) -> None:
+        """Merge neighbouring bins of the given rows: exact, since bin 2k and 2k+1 become bin k."""
+        half, quarter = self.bins // 2, self.bins // 4
+        merged = torch.zeros_like(self.counts)
+        merged[:, half - quarter : half + quarter] = self.counts.view(-1, half, 2).sum(2)
+        self.counts = torch.where(which[:, None], merged, self.counts)
+        self.width = torch.where(which, self.width * 2, self.width)
+
+    def samples(self, min_val: Tensor, max_val: Tensor) -> Samples:
+        """Bin centres and counts, without the bins that are empty in every row."""
+        centres = torch.arange(self.bins, device=self.counts.device) - (self.bins // 2 - 0.5)
+        used = self.counts.sum(0) > 0
+        values = centres[used] * self.width[:, None]
+        return Samples(values, self.counts[:, used].to(values.dtype), min_val, max_val)
+
+
+class Observer(ABC):
+    """Watches tensors; :meth:`clipping_range` is what should not be clipped away.
+
+    Args:
+        grid: the integer grid that the range will be mapped to.
+        ch_axis: the channel axis, or -1 for one range per tensor.
+    """
+
+    searches = True
+    """Whether the range depends on the values and not only on their minimum and maximum."""
+
+    def __init__(self, grid: Grid, ch_axis: int = PER_TENSOR) -> None:
+        self.grid = grid
+        self.ch_axis = ch_axis
+        self.min_val: Tensor | None = None
+        self.max_val: Tensor | None = None
+        self.histogram: Histogram | None = None
+
+    @abstractmethod
+    def search(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Clipping range ``(min_val, max_val)``, each ``[rows]``, for the values seen."""
+
+    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Clipping range of one tensor that is wholly at hand, such as a weight."""
+        rows = as_rows(x.detach(), self.ch_axis)
+        return self.search(Samples(rows, None, *_finite_range(rows)))
+
+    def observe(self, x: Tensor) -> None:
+        """Take one batch into the statistics."""
+        rows = as_rows(x.detach(), self.ch_axis)
+        low, high = _finite_range(rows)
+        if self.min_val is None or self.max_val is None:
+            self.min_val, self.max_val = low, high
+            self.histogram = Histogram(rows.shape[0], x.device) if self.searches else None
+        else:
+            self.min_val = torch.minimum(self.min_val, low)
+            self.max_val = torch.maximum(self.max_val, high)
+        if self.histogram is not None:
+            self.histogram.add(rows, torch.maximum(-low, high))
+
+    def clipping_range(self) -> tuple[Tensor, Tensor]:
+        """Clipping range for all batches observed, each ``[rows]``.
+
+        Raises:
+            ValueError: nothing was observed.
+        """
+        if self.min_val is None or self.max_val is None:
+            raise ValueError("an observer saw no data: ranges need at least one batch")
+        if self.histogram is not None:
+            return self.search(self.histogram.samples(self.min_val, self.max_val))
+        empty = self.min_val.new_zeros(self.min_val.numel(), 0)
+        return self.search(Samples(empty, None, self.min_val, self.max_val))
+
+
+def _finite_range(rows: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = torch.aminmax(rows, dim=1)
+    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+        raise ValueError("a tensor to be quantized holds NaN or infinity")
+    return low, high
+
+
+class MinMaxObserver(Observer):
+    """Everything seen stays inside the range."""
+
+    searches = False
+
+    def search(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        return samples.min_val, samples.max_val
+
+
+class MSEObserver(Observer):
+    """The range of least L2.4 error on the published grid of widths and zero-points."""
+
+    def search(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        return grid_search(samples, self.grid)
+
+
+class MSEFastObserver(Observer):
+    """The range of least L2.4 error by golden-section search over its width."""
+
+    def search(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        return golden_section_search(samples, self.grid)
+
+
+class AveragingObserver(Observer):
+    """Finds a range for each batch and averages them, weighted by the batch's images."""
+
+    def __init__(self, grid: Grid, ch_axis: int = PER_TENSOR) -> None:
+        super().__init__(grid, ch_axis)
+        self.images = 0
+        self.sum_low: Tensor | float = 0.0
+        self.sum_high: Tensor | float = 0.0
+
+    def observe(self, x: Tensor) -> None:
+        self.min_val = self.max_val = self.histogram = None
+        super().observe(x)
+        low, high = super().clipping_range()
+        self.images += x.shape[0]
+        self.sum_low, self.sum_high = self.sum_low + low * len(x), self.sum_high + high * len(x)
+
+    def clipping_range(self) -> tuple[Tensor, Tensor]:
+        if self.images == 0:
+            raise ValueError("an observer saw no data: ranges need at least one batch")
+        return torch.as_tensor(self.sum_low) / self.images, torch.as_tensor(self.sum_high) / self.images
+
+
+class AvgMinMaxObserver(AveragingObserver, MinMaxObserver):
+    """The mean over batches of their minimum and maximum."""
+
+
+class AvgMSEObserver(AveragingObserver, MSEObserver):
+    """The mean over batches of their grid-searched ranges."""
+
+
+class AvgMSEFastObserver(AveragingObserver, MSEFastObserver):
+    """The mean over batches of their golden-section ranges."""
+
+
+OBSERVERS: dict[str, type[Observer]] = {
+    cls.__name__: cls
+    for cls in (
+        MinMaxObserver,
+        AvgMinMaxObserver,
+        MSEObserver,
+        AvgMSEObserver,
+        MSEFastObserver,
+        AvgMSEFastObserver,
+    )
+}

@@ -1,0 +1,73 @@
+"""Modes as scopes, and the one traversal that finds quantizers.
+
+Each scope restores what it found on the way out, also when left by an exception.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from calibquant.quantization.fake_quant import Drop, FakeQuantize, Role
+
+
+def quantizers(module: nn.Module, role: Role | None = None) -> list[tuple[str, FakeQuantize]]:
+    """Named quantizers inside a module, in order, optionally of one role only."""
+    return [
+        (name, child)
+        for name, child in module.named_modules()
+        if isinstance(child, FakeQuantize) and role in (None, child.role)
+    ]
+
+
+@contextmanager
+def full_precision(module: nn.Module) -> Iterator[None]:
+    """Inside, no quantizer of the module does anything."""
+    saved = [(quantizer, quantizer.enabled) for _, quantizer in quantizers(module)]
+    try:
+        for quantizer, _ in saved:
+            quantizer.enabled = False
+        yield
+    finally:
+        for quantizer, enabled in saved:
+            quantizer.enabled = enabled
+
+
+@contextmanager
+def calibrating(module: nn.Module) -> Iterator[None]:
+    """Inside, activations flow in full precision and are observed; at the end ranges are set.
+
+    Raises:
+        ValueError: an activation was never seen or holds NaN; the message names its quantizer. If
+            the body itself raises, no range is changed.
+    """
+    watched = [(name, q, q.make_observer()) for name, q in quantizers(module, Role.ACTIVATION)]
+    hooks = [
+        q.register_forward_hook(lambda _module, inputs, _out, seen=seen: seen.observe(inputs[0]))
+        for _, q, seen in watched
+    ]
+    try:
+        with full_precision(module), torch.no_grad():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, quantizer, seen in watched:
+        try:
+            quantizer.set_range(*seen.clipping_range())
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+@contextmanager
+def dropping(module: nn.Module, drop: Drop) -> Iterator[None]:
+    """Inside, each activation quantizer leaves some elements unquantized (QDrop)."""
+    saved = [(quantizer, quantizer.drop) for _, quantizer in quantizers(module, Role.ACTIVATION)]
+    try:
+        for quantizer, _ in saved:
+            quantizer.drop = drop
+        yield
+    finally:
+        for quantizer, before in saved:
+            quantizer.drop = before

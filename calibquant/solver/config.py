@@ -1,0 +1,363 @@
+"""The configuration: every key with its default, what is allowed and what it means, checked once.
+
+The names follow the published QDrop files, so that such a YAML runs here. :data:`KEYS` is the whole
+truth: the check, the defaults and the README's reference all come from it.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from easydict import EasyDict
+
+from calibquant.errors import UserError
+from calibquant.model.quant_resnet import End
+from calibquant.model.resnet import ARCHITECTURES
+from calibquant.quantization.fake_quant import QUANTIZERS
+from calibquant.quantization.observer import OBSERVERS
+
+REQUIRED = object()
+"""Marks a key without default."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of value: what it allows, in words, and the conversion, which raises ValueError."""
+
+    allowed: str
+    convert: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the config, by its dotted path."""
+
+    path: str
+    default: Any
+    kind: Kind
+    meaning: str
+
+
+def integer(low: int, high: int | None = None) -> Kind:
+    allowed = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+
+    def convert(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError
+        if value < low or (high is not None and value > high):
+            raise ValueError
+        return value
+
+    return Kind(allowed, convert)
+
+
+def number(low: float, high: float = math.inf, open_low: bool = False) -> Kind:
+    above = "above" if open_low else "of at least"
+    allowed = f"a number {above} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
+
+    def convert(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError
+        result = float(value)  # YAML 1.1 reads 4e-5, without a dot, as text
+        if not math.isfinite(result) or not low <= result <= high or (open_low and result == low):
+            raise ValueError
+        return result
+
+    return Kind(allowed, convert)
+
+
+def choice(*values: Any) -> Kind:
+    def convert(value: Any) -> Any:
+        for allowed in values:
+            if type(value) is type(allowed) and value == allowed:
+                return value
+        raise ValueError
+
+    return Kind("one of " + ", ".join(str(v) for v in values), convert)
+
+
+def text(pattern: str = r"(?s).+", allowed: str = "a text") -> Kind:
+    def convert(value: Any) -> str:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value) or "\0" in value:
+            raise ValueError
+        return value
+
+    return Kind(allowed, convert)
+
+
+def sequence(kind: Kind, allowed: str, length: int | None = None) -> Kind:
+    def convert(value: Any) -> list[Any]:
+        if not isinstance(value, list) or length not in (None, len(value)):
+            raise ValueError
+        return [kind.convert(item) for item in value]
+
+    return Kind(allowed, convert)
+
+
+def optional(kind: Kind) -> Kind:
+    return Kind(
+        f"{kind.allowed}, or null", lambda value: None if value is None else kind.convert(value)
+    )
+
+
+BOOLEAN = Kind("true or false", choice(True, False).convert)
+ENDS = tuple(end.value for end in End)
+NAME = text(r"[A-Za-z0-9][A-Za-z0-9_.-]*", "a name of letters, digits, '_', '.' and '-'")
+
+
+def _quantizer_keys(
+    section: str, quantizers: list[str], observer: str, axes: tuple[int, int], what: str
+) -> list[Key]:
+    return [
+        Key(f"{section}.quantizer", quantizers[0], choice(*quantizers), f"what can be learned of {what}"),
+        Key(f"{section}.observer", observer, choice(*OBSERVERS), f"how the range of {what} is found"),
+        Key(f"{section}.bit", 4, integer(2, 8), f"bit-width of {what}"),
+        Key(f"{section}.symmetric", False, BOOLEAN, "signed grid around zero instead of a zero-point"),
+        Key(
+            f"{section}.ch_axis",
+            axes[0],
+            choice(*axes),
+            f"-1: one range per tensor; {max(axes)}: one per channel",
+        ),
+    ]
+
+
+_WEIGHT_QUANTIZERS = ["AdaRoundFakeQuantize", *(q for q in QUANTIZERS if q != "AdaRoundFakeQuantize")]
+_ACTIVATION_QUANTIZERS = ["LSQFakeQuantize", "LSQPlusFakeQuantize", "FixedFakeQuantize"]
+
+KEYS: list[Key] = [
+    *_quantizer_keys("quant.w_qconfig", _WEIGHT_QUANTIZERS, "MSEObserver", (0, -1), "weights"),
+    *_quantizer_keys("quant.a_qconfig", _ACTIVATION_QUANTIZERS, "MSEObserver", (-1, 1), "activations"),
+    Key(
+        "quant.ends_8bit",
+        list(ENDS),
+        sequence(choice(*ENDS), "a list of " + ", ".join(ENDS)),
+        "what stays at 8 bits at the two ends; QDrop's own code omits `stem_output`",
+    ),
+    Key("quant.calibrate", 1024, integer(1), "calibration images taken from the calibration folder"),
+    Key("quant.recon.batch_size", 32, integer(1), "images per optimisation step"),
+    Key("quant.recon.scale_lr", 4.0e-5, number(0), "Adam learning rate of step sizes, cosine to 0"),
+    Key("quant.recon.round_lr", 1.0e-3, number(0), "Adam learning rate of rounding logits, constant"),
+    Key(
+        "quant.recon.warm_up", 0.2, number(0, 1), "share of the steps before the rounding regulariser acts"
+    ),
+    Key("quant.recon.weight", 0.01, number(0), "weight of the rounding regulariser in the loss"),
+    Key("quant.recon.iters", 20000, integer(0), "steps per unit; 0 keeps calibrated ranges and nearest rounding"),
+    Key(
+        "quant.recon.b_range",
+        [20, 2],
+        sequence(number(0, open_low=True), "a list of two numbers above 0", 2),
+        "exponent of the regulariser, from its first value linearly to its second",
+    ),
+    Key("quant.recon.keep_gpu", True, BOOLEAN, "cached activations stay on the GPU, else in host memory"),
+    Key(
+        "quant.recon.round_mode",
+        "learned_hard_sigmoid",
+        choice("learned_hard_sigmoid", "nearest"),
+        "AdaRound's learned rounding of weights, or nearest",
+    ),
+    Key(
+        "quant.recon.drop_prob",
+        0.5,
+        number(0, 1),
+        "chance that an element stays *quantized* (QDrop's name for it); 1 drops nothing",
+    ),
+    Key(
+        "quant.recon.granularity",
+        "block",
+        choice("block", "layer"),
+        "what is reconstructed at once: a residual block or a single layer",
+    ),
+    Key("model.type", REQUIRED, choice(*ARCHITECTURES), "the network"),
+    Key("model.kwargs.num_classes", 1000, integer(1, 100_000), "outputs of the classifier"),
+    Key("model.kwargs.stride_in_1x1", False, BOOLEAN, "a stage's stride on its first 1x1 convolution (MSRA)"),
+    Key("model.kwargs.small_images", False, BOOLEAN, "3x3 stem of stride 1 without pooling"),
+    Key("model.kwargs.base_width", 64, integer(1, 1024), "channels of the stem"),
+    Key(
+        "model.path",
+        None,
+        optional(text(allowed="a path")),
+        "float state dict; null downloads torchvision's `IMAGENET1K_V1`",
+    ),
+    Key("data.type", "imagenet", NAME, "name of the data set, used in the names of outputs"),
+    Key("data.path", "./imagenet", text(allowed="a path"), "folder that holds `val/` and the calibration folder"),
+    Key("data.calibration", "sel", text(allowed="a path"), "calibration folder, inside `data.path` or absolute"),
+    Key(
+        "data.classes",
+        "imagenet",
+        text(allowed="imagenet, folders or a path"),
+        "class of an image: by ImageNet wnid, by sorted `folders` of val, or by a file that lists folders",
+    ),
+    Key("data.batch_size", 64, integer(1), "images per batch of evaluation and range calibration"),
+    Key("data.num_workers", 4, integer(0, 256), "data-loading processes, at most one per core"),
+    Key("data.pin_memory", True, BOOLEAN, "page-locked batches, for copies to a GPU"),
+    Key("data.input_size", 224, integer(1, 4096), "side of the centre crop in pixels"),
+    Key("data.test_resize", 256, integer(1, 8192), "length of the shorter side after resizing, in pixels"),
+    Key(
+        "data.mean",
+        [0.485, 0.456, 0.406],
+        sequence(number(-1e6), "a list of three numbers", 3),
+        "subtracted from each channel of an image in [0, 1]",
+    ),
+    Key(
+        "data.std",
+        [0.229, 0.224, 0.225],
+        sequence(number(0, open_low=True), "a list of three numbers above 0", 3),
+        "divides each channel afterwards",
+    ),
+    Key(
+        "data.augment",
+        "none",
+        choice("none", "crop_flip"),
+        "calibration images as for evaluation, or with the published random crop and flip",
+    ),
+    Key("data.skip_unreadable", False, BOOLEAN, "skip and count unreadable images instead of stopping"),
+    Key("process.seed", 1005, integer(0, 2**32 - 1), "seed of every random draw"),
+]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error instead of a silent choice."""
+
+
+def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, Hashable):
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(
+    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates
+)
+
+
+def load_config(path: str | Path) -> EasyDict:
+    """Read and check a YAML config; afterwards every key of :data:`KEYS` exists and has its type.
+
+    Raises:
+        UserError: the file is missing or no YAML, or :func:`check_config` refuses it.
+    """
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"config {path}: cannot be read: {reason}") from error
+    try:
+        raw = yaml.load(content, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"config {path}: is no valid YAML: {' '.join(str(error).split())}") from error
+    return check_config(raw, f"config {path}")
+
+
+def check_config(raw: Any, where: str = "config") -> EasyDict:
+    """Check a nested mapping against :data:`KEYS` and fill in defaults.
+
+    Raises:
+        UserError: an unknown or missing key or a bad value; one line names it and what is allowed.
+    """
+    given = dict(_flatten(raw, where))
+    known = {key.path: key for key in KEYS}
+    for path in given:
+        if path not in known:
+            raise UserError(f"{where}: unknown key {path}; {_suggestion(path)}")
+    config: dict[str, Any] = {}
+    for key in KEYS:
+        value = given.get(key.path, key.default)
+        if value is REQUIRED:
+            raise UserError(f"{where}: {key.path} is missing; allowed is {key.kind.allowed}")
+        try:
+            value = key.kind.convert(value)
+        except (ValueError, OverflowError):
+            shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
+            raise UserError(
+                f"{where}: {key.path} is {shown}, allowed is {key.kind.allowed}"
+            ) from None
+        *sections, name = key.path.split(".")
+        target = config
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[name] = value
+    checked = EasyDict(config)
+    _check_combinations(checked, where)
+    return checked
+
+
+def _suggestion(path: str) -> str:
+    """What the user may have meant by an unknown dotted path: a near name, else its siblings."""
+    names = {key.path.rsplit(".", depth)[0] for key in KEYS for depth in range(3)}
+    close = difflib.get_close_matches(path, sorted(names), n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    section = path.rpartition(".")[0]
+    siblings = sorted(n.rpartition(".")[2] for n in names if n.rpartition(".")[0] == section)
+    return f"allowed are {', '.join(siblings)}"
+
+
+def _flatten(raw: Any, where: str, prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted paths and values of a nested mapping; an empty section is as good as a missing one."""
+    sections = {key.path.rsplit(".", depth)[0] for key in KEYS for depth in (1, 2) if "." in key.path}
+    if not isinstance(raw, dict):
+        name = prefix.rstrip(".") or "the file"
+        raise UserError(f"{where}: {name} is {raw!r:.60}, allowed is a mapping of keys to values")
+    flat: list[tuple[str, Any]] = []
+    for key, value in raw.items():
+        path = f"{prefix}{key}"
+        if path in sections:
+            flat += [] if value is None else _flatten(value, where, path + ".")
+        else:
+            flat.append((path, value))
+    return flat
+
+
+def _check_combinations(config: EasyDict, where: str) -> None:
+    data, recon = config.data, config.quant.recon
+    if data.input_size > data.test_resize:
+        raise UserError(
+            f"{where}: data.input_size is {data.input_size}, allowed is at most "
+            f"data.test_resize, {data.test_resize}"
+        )
+    start, end = recon.b_range
+    if start < end:
+        raise UserError(f"{where}: quant.recon.b_range is [{start:g}, {end:g}], allowed is a falling range")
+
+
+def plain(config: EasyDict) -> dict[str, Any]:
+    """The config as nested plain dicts and lists, for YAML, JSON and checkpoints."""
+    return {k: plain(v) if isinstance(v, dict) else v for k, v in config.items()}
+
+
+def config_name(config: EasyDict) -> str:
+    """Name of the outputs' folders: ``<type>_<data type>_w<bits>_a<bits>``."""
+    quant = config.quant
+    return f"{config.model.type}_{config.data.type}_w{quant.w_qconfig.bit}_a{quant.a_qconfig.bit}"
+
+
+def reference() -> str:
+    """The README's table of every key, its default, what is allowed and what it means."""
+    lines = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+    for key in KEYS:
+        default = "required" if key.default is REQUIRED else f"`{yaml_value(key.default)}`"
+        lines.append(f"| `{key.path}` | {default} | {key.kind.allowed} | {key.meaning} |")
+    return "\n".join(lines)
+
+
+def yaml_value(value: Any) -> str:
+    """A default as one would write it in the YAML."""
+    dumped: str = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    return dumped.removesuffix("\n").removesuffix("\n...")
+
+
+if __name__ == "__main__":
+    print(reference())

@@ -1,0 +1,313 @@
+"""Data and evaluation: ImageFolder trees, classes by wnid, calibration images, top-1 and top-5.
+
+Images are decoded by Pillow and transformed by torchvision. An unreadable image never raises inside a
+loader: it travels as its name and the reason, so that whoever reads the batch can name it.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from easydict import EasyDict
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from calibquant.errors import UserError
+
+logger = logging.getLogger("calibquant")
+
+Sample = tuple[Path, int]
+"""An image file and its class index, -1 where its class does not matter."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image file that could not be decoded, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images ``[n, 3, H, W]``, class indices ``[n]``, and the files of the batch that were unreadable."""
+
+    images: Tensor
+    targets: Tensor
+    unreadable: list[Unreadable]
+
+    def pin_memory(self) -> "Batch":
+        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.unreadable)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy in percent over ``images`` images; ``skipped`` more were unreadable."""
+
+    top1: float
+    top5: float
+    images: int
+    skipped: int = 0
+
+    def as_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f" * Acc@1 {self.top1:.3f} Acc@5 {self.top5:.3f}"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration images ``[N, 3, H, W]`` in memory, their files, and a hash of names and contents."""
+
+    images: Tensor
+    files: list[str]
+    sha256: str
+    skipped: int = 0
+
+    def manifest(self) -> dict[str, Any]:
+        """What `metrics.json` and a checkpoint say of the calibration set."""
+        return {"count": len(self.files), "sha256": self.sha256, "skipped": self.skipped}
+
+
+def imagenet_wnids() -> list[str]:
+    """The 1,000 class folders of ImageNet in index order."""
+    return files("calibquant.solver").joinpath("imagenet_wnids.txt").read_text().split()
+
+
+def class_names(data: EasyDict) -> list[str]:
+    """Class folders in index order, as `data.classes` says.
+
+    Raises:
+        UserError: the file that lists them, or the val folder, is missing or lists one twice.
+    """
+    if data.classes == "imagenet":
+        return imagenet_wnids()
+    if data.classes == "folders":
+        return [folder.name for folder in subfolders(Path(data.path) / "val", "val folder")]
+    try:
+        names = Path(data.classes).read_text(encoding="utf-8").split()
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.classes {data.classes}: cannot be read; allowed are imagenet, folders or "
+                        "a text file that lists class folders") from error
+    if len(set(names)) != len(names) or not names:
+        raise UserError(f"data.classes {data.classes}: lists no class or one class twice")
+    return names
+
+
+def subfolders(folder: Path, what: str) -> list[Path]:
+    """Sorted folders inside a folder, without hidden ones.
+
+    Raises:
+        UserError: the folder does not exist or cannot be read.
+    """
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{what} {folder}: {error.strerror or error}") from error
+    return [path for path in inside if path.is_dir() and not path.name.startswith(".")]
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file's name ends as torchvision's ImageFolder expects of an image."""
+    return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
+
+
+def list_samples(folder: Path, classes: list[str], what: str) -> list[Sample]:
+    """Image files of an ImageFolder tree in sorted order; the class is the folder's place in ``classes``.
+
+    Raises:
+        UserError: folder missing, no image in it, or a class folder that is no class.
+    """
+    index = {name: number for number, name in enumerate(classes)}
+    samples: list[Sample] = []
+    for class_folder in subfolders(folder, what):
+        if class_folder.name not in index:
+            raise UserError(
+                f"{what} {folder}: class folder {class_folder.name} is none of the {len(classes)} classes "
+                f"({classes[0]}, {classes[1] if len(classes) > 1 else ''} ...); see data.classes"
+            )
+        files_inside = sorted(path for path in class_folder.rglob("*") if path.is_file())
+        samples += [(path, index[class_folder.name]) for path in files_inside if is_image(path)]
+        for path in files_inside:
+            if not is_image(path):
+                logger.warning("%s: ignored, its name is not an image's", path)
+    samples += [(path, -1) for path in sorted(folder.iterdir()) if path.is_file() and is_image(path)]
+    if not samples:
+        raise UserError(f"{what} {folder}: holds no image ({', '.join(IMG_EXTENSIONS)})")
+    return samples
+
+
+def evaluation_transform(data: EasyDict) -> Callable[[Image.Image], Tensor]:
+    """Resize the shorter side, crop the centre, normalise: torchvision's usual evaluation."""
+    steps = [transforms.Resize(data.test_resize), transforms.CenterCrop(data.input_size)]
+    return transforms.Compose([*steps, *_to_normalized(data)])
+
+
+def crop_flip_transform(data: EasyDict) -> Callable[[Image.Image], Tensor]:
+    """Random resized crop and flip, as the published calibration reads its images."""
+    steps = [transforms.RandomResizedCrop(data.input_size), transforms.RandomHorizontalFlip()]
+    return transforms.Compose([*steps, *_to_normalized(data)])
+
+
+def _to_normalized(data: EasyDict) -> list[nn.Module]:
+    return [transforms.ToTensor(), transforms.Normalize(data.mean, data.std)]
+
+
+class ImageDataset(Dataset[tuple[Tensor | Unreadable, int]]):
+    """Image files with their classes. Random transforms are seeded per image: workers change nothing."""
+
+    def __init__(
+        self, samples: list[Sample], transform: Callable[[Image.Image], Tensor], seed: int
+    ) -> None:
+        self.samples = samples
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | Unreadable, int]:
+        path, target = self.samples[index]
+        try:
+            with Image.open(path) as image, torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed * 1_000_003 + index)
+                return self.transform(image.convert("RGB")), target
+        except Exception as error:  # a decoder may raise anything on foreign bytes
+            return Unreadable(path, " ".join(str(error).split()) or type(error).__name__), target
+
+
+def collate(items: list[tuple[Tensor | Unreadable, int]]) -> Batch:
+    """Stack the readable images of a batch, and carry the names of the others."""
+    readable = [(image, target) for image, target in items if isinstance(image, Tensor)]
+    images = torch.stack([image for image, _ in readable]) if readable else torch.empty(0)
+    targets = torch.tensor([target for _, target in readable], dtype=torch.int64)
+    return Batch(images, targets, [image for image, _ in items if isinstance(image, Unreadable)])
+
+
+def make_loader(
+    samples: list[Sample], transform: Callable[[Image.Image], Tensor], config: EasyDict
+) -> DataLoader[Any]:
+    """Batches in order, the tail batch included."""
+    data = config.data
+    return DataLoader(
+        ImageDataset(samples, transform, config.process.seed),
+        batch_size=data.batch_size,
+        num_workers=min(data.num_workers, os.cpu_count() or 1),
+        pin_memory=data.pin_memory and torch.cuda.is_available(),
+        collate_fn=collate,
+        generator=torch.Generator().manual_seed(config.process.seed),
+    )
+
+
+def validation_loader(config: EasyDict) -> DataLoader[Any]:
+    """Batches of ``val/``.
+
+    Raises:
+        UserError: folder or classes are not as they must be.
+    """
+    classes = class_names(config.data)
+    if config.model.kwargs.num_classes != len(classes):
+        raise UserError(
+            f"model.kwargs.num_classes is {config.model.kwargs.num_classes}, but data.classes "
+            f"({config.data.classes}) lists {len(classes)} classes"
+        )
+    samples = list_samples(Path(config.data.path) / "val", classes, "val folder")
+    if samples[-1][1] == -1:
+        raise UserError(f"val folder {config.data.path}/val: {samples[-1][0].name} is in no class folder")
+    return make_loader(samples, evaluation_transform(config.data), config)
+
+
+def load_calibration(config: EasyDict) -> Calibration:
+    """Read `quant.calibrate` images of the calibration folder into memory; labels are not used.
+
+    Raises:
+        UserError: folder missing or empty, a class folder that is no class, or an unreadable image
+            (unless `data.skip_unreadable`).
+    """
+    data = config.data
+    folder = Path(data.path) / data.calibration
+    samples = list_samples(folder, class_names(data), "calibration folder")
+    wanted = config.quant.calibrate
+    if wanted < len(samples):
+        generator = torch.Generator().manual_seed(config.process.seed)
+        chosen = torch.randperm(len(samples), generator=generator)[:wanted].sort().values
+        samples = [samples[index] for index in chosen.tolist()]
+    elif wanted > len(samples):
+        logger.warning("calibration folder %s holds %d images, fewer than quant.calibrate, %d: "
+                       "all are used", folder, len(samples), wanted)
+    transform = crop_flip_transform(data) if data.augment == "crop_flip" else evaluation_transform(data)
+    images, unreadable = [], []
+    for batch in make_loader(samples, transform, config):
+        unreadable += report_unreadable(batch, data.skip_unreadable)
+        images += [batch.images] if len(batch.images) else []
+    if not images:
+        raise UserError(f"calibration folder {folder}: no image in it can be read")
+    skipped = {item.path for item in unreadable}
+    paths = [path for path, _ in samples if path not in skipped]
+    names = [str(path.relative_to(folder)) for path in paths]
+    return Calibration(torch.cat(images), names, _content_hash(paths, names), len(skipped))
+
+
+def _content_hash(paths: list[Path], names: list[str]) -> str:
+    digest = hashlib.sha256()
+    for path, name in zip(paths, names, strict=True):
+        digest.update(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {name}\n".encode())
+    return digest.hexdigest()
+
+
+def report_unreadable(batch: Batch, skip: bool) -> list[Unreadable]:
+    """Name a batch's unreadable images in the log where they may be skipped.
+
+    Raises:
+        UserError: there is one and ``skip`` is false.
+    """
+    for item in batch.unreadable:
+        if not skip:
+            raise UserError(
+                f"image {item.path}: cannot be read ({item.reason}); "
+                "remove it or set data.skip_unreadable: true"
+            )
+        logger.warning("image %s: cannot be read (%s), skipped", item.path, item.reason)
+    return batch.unreadable
+
+
+def batches(loader: DataLoader[Any], description: str) -> Iterator[Batch]:
+    """Batches with a progress bar on a terminal, silently elsewhere."""
+    yield from tqdm(loader, desc=description, leave=False, disable=None, unit="batch")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: DataLoader[Any], device: torch.device, skip_unreadable: bool = False
+) -> Score:
+    """Top-1 and top-5 accuracy in percent over all logits (top-5 of fewer classes: all of them).
+
+    Raises:
+        UserError: an image is unreadable (unless ``skip_unreadable``), or none can be read.
+    """
+    hits = torch.zeros(2, dtype=torch.int64, device=device)
+    images, skipped = 0, 0
+    for batch in batches(loader, "evaluate"):
+        skipped += len(report_unreadable(batch, skip_unreadable))
+        if not len(batch.images):
+            continue
+        logits = model(batch.images.to(device, non_blocking=True))
+        targets = batch.targets.to(device, non_blocking=True)
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        hits += torch.stack([ranked[:, 0].sum(), ranked.sum()])
+        images += len(targets)
+    if not images:
+        raise UserError("val folder: no image in it can be read")
+    top1, top5 = (100.0 * hits / images).tolist()
+    return Score(top1, top5, images, skipped)

@@ -1,0 +1,44 @@
+"""What every script shares: how it ends when something is wrong, and which device it runs on."""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+
+from calibquant.errors import UserError
+
+logger = logging.getLogger("calibquant")
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message on one line."""
+    return " ".join(str(error).split())
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+    """Run a script's main and exit: 0, or 2 with one line for a user's mistake, or 130 for Ctrl-C."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def choose_device(wanted: str | None) -> torch.device:
+    """The device of the whole run: what was asked for, else CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: CUDA was asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is available; allowed is cpu")
+    if wanted is None and not torch.cuda.is_available():
+        logger.info("no CUDA device: running on the CPU")
+    name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
