@@ -11,14 +11,15 @@ from torch import Tensor
 
 from calibquant.errors import UserError
 from calibquant.model.resnet import ARCHITECTURES, ResNet
+from calibquant.paths import expand
 
 
-def build_model(type: str, kwargs: dict[str, Any]) -> ResNet:  # noqa: A002 - the config's name
+def build_model(type: str, kwargs: dict[str, Any]) -> ResNet:
     """A float network of the given type, randomly initialised, in evaluation mode."""
     return ResNet(ARCHITECTURES[type], **kwargs).eval()
 
 
-def load_weights(model: ResNet, type: str, path: str | None) -> None:  # noqa: A002
+def load_weights(model: ResNet, type: str, path: str | None) -> None:
     """Load a state dict from a file, or torchvision's ``IMAGENET1K_V1`` weights where path is None.
 
     V1 on purpose: the V2 weights gain 1 to 4 points in float and lose far more at low bits.
@@ -30,7 +31,7 @@ def load_weights(model: ResNet, type: str, path: str | None) -> None:  # noqa: A
     if path is None:
         state, name = _download(type), f"torchvision's {type} IMAGENET1K_V1 weights"
     else:
-        state, name = read_state_dict(Path(path)), f"model.path {path}"
+        state, name = read_state_dict(expand(path)), f"model.path {path}"
     own = model.state_dict()
     counters = {key for key in own if key.endswith("num_batches_tracked")}
     missing = sorted(own.keys() - state.keys() - counters)
@@ -86,7 +87,7 @@ def safe_load(path: Path, what: str) -> Any:
         raise UserError(f"{what} {path}: cannot be read, truncated or foreign: {reason[0]:.120}") from error
 
 
-def _download(type: str) -> dict[str, Tensor]:  # noqa: A002
+def _download(type: str) -> dict[str, Tensor]:
     weights = torchvision.models.get_model_weights(type)["IMAGENET1K_V1"]
     try:
         state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True)

@@ -100,9 +100,7 @@ def sequence(kind: Kind, allowed: str, length: int | None = None) -> Kind:
 
 
 def optional(kind: Kind) -> Kind:
-    return Kind(
-        f"{kind.allowed}, or null", lambda value: None if value is None else kind.convert(value)
-    )
+    return Kind(f"{kind.allowed}, or null", lambda value: None if value is None else kind.convert(value))
 
 
 BOOLEAN = Kind("true or false", choice(True, False).convert)
@@ -147,7 +145,12 @@ KEYS: list[Key] = [
         "quant.recon.warm_up", 0.2, number(0, 1), "share of the steps before the rounding regulariser acts"
     ),
     Key("quant.recon.weight", 0.01, number(0), "weight of the rounding regulariser in the loss"),
-    Key("quant.recon.iters", 20000, integer(0), "steps per unit; 0 keeps calibrated ranges and nearest rounding"),
+    Key(
+        "quant.recon.iters",
+        20000,
+        integer(0),
+        "steps per unit; 0 keeps calibrated ranges and nearest rounding",
+    ),
     Key(
         "quant.recon.b_range",
         [20, 2],
@@ -175,7 +178,9 @@ KEYS: list[Key] = [
     ),
     Key("model.type", REQUIRED, choice(*ARCHITECTURES), "the network"),
     Key("model.kwargs.num_classes", 1000, integer(1, 100_000), "outputs of the classifier"),
-    Key("model.kwargs.stride_in_1x1", False, BOOLEAN, "a stage's stride on its first 1x1 convolution (MSRA)"),
+    Key(
+        "model.kwargs.stride_in_1x1", False, BOOLEAN, "a stage's stride on its first 1x1 convolution (MSRA)"
+    ),
     Key("model.kwargs.small_images", False, BOOLEAN, "3x3 stem of stride 1 without pooling"),
     Key("model.kwargs.base_width", 64, integer(1, 1024), "channels of the stem"),
     Key(
@@ -185,8 +190,18 @@ KEYS: list[Key] = [
         "float state dict; null downloads torchvision's `IMAGENET1K_V1`",
     ),
     Key("data.type", "imagenet", NAME, "name of the data set, used in the names of outputs"),
-    Key("data.path", "./imagenet", text(allowed="a path"), "folder that holds `val/` and the calibration folder"),
-    Key("data.calibration", "sel", text(allowed="a path"), "calibration folder, inside `data.path` or absolute"),
+    Key(
+        "data.path",
+        "./imagenet",
+        text(allowed="a path"),
+        "folder that holds `val/` and the calibration folder",
+    ),
+    Key(
+        "data.calibration",
+        "sel",
+        text(allowed="a path"),
+        "calibration folder, inside `data.path` or absolute",
+    ),
     Key(
         "data.classes",
         "imagenet",
@@ -238,9 +253,7 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
     return loader.construct_mapping(node, deep=True)
 
 
-_StrictLoader.add_constructor(
-    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates
-)
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 
 
 def load_config(path: str | Path) -> EasyDict:
@@ -255,7 +268,7 @@ def load_config(path: str | Path) -> EasyDict:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"config {path}: cannot be read: {reason}") from error
     try:
-        raw = yaml.load(content, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        raw = yaml.load(content, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"config {path}: is no valid YAML: {' '.join(str(error).split())}") from error
     return check_config(raw, f"config {path}")
@@ -281,9 +294,7 @@ def check_config(raw: Any, where: str = "config") -> EasyDict:
             value = key.kind.convert(value)
         except (ValueError, OverflowError):
             shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
-            raise UserError(
-                f"{where}: {key.path} is {shown}, allowed is {key.kind.allowed}"
-            ) from None
+            raise UserError(f"{where}: {key.path} is {shown}, allowed is {key.kind.allowed}") from None
         *sections, name = key.path.split(".")
         target = config
         for section in sections:

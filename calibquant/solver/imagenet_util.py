@@ -23,6 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from calibquant.errors import UserError
+from calibquant.paths import expand
 
 logger = logging.getLogger("calibquant")
 
@@ -94,12 +95,14 @@ def class_names(data: EasyDict) -> list[str]:
     if data.classes == "imagenet":
         return imagenet_wnids()
     if data.classes == "folders":
-        return [folder.name for folder in subfolders(Path(data.path) / "val", "val folder")]
+        return [folder.name for folder in subfolders(expand(data.path) / "val", "val folder")]
     try:
-        names = Path(data.classes).read_text(encoding="utf-8").split()
+        names = expand(data.classes).read_text(encoding="utf-8").split()
     except (OSError, ValueError) as error:
-        raise UserError(f"data.classes {data.classes}: cannot be read; allowed are imagenet, folders or "
-                        "a text file that lists class folders") from error
+        raise UserError(
+            f"data.classes {data.classes}: cannot be read; allowed are imagenet, folders or "
+            "a text file that lists class folders"
+        ) from error
     if len(set(names)) != len(names) or not names:
         raise UserError(f"data.classes {data.classes}: lists no class or one class twice")
     return names
@@ -151,13 +154,18 @@ def list_samples(folder: Path, classes: list[str], what: str) -> list[Sample]:
 def evaluation_transform(data: EasyDict) -> Callable[[Image.Image], Tensor]:
     """Resize the shorter side, crop the centre, normalise: torchvision's usual evaluation."""
     steps = [transforms.Resize(data.test_resize), transforms.CenterCrop(data.input_size)]
-    return transforms.Compose([*steps, *_to_normalized(data)])
+    return _compose([*steps, *_to_normalized(data)])
 
 
 def crop_flip_transform(data: EasyDict) -> Callable[[Image.Image], Tensor]:
     """Random resized crop and flip, as the published calibration reads its images."""
     steps = [transforms.RandomResizedCrop(data.input_size), transforms.RandomHorizontalFlip()]
-    return transforms.Compose([*steps, *_to_normalized(data)])
+    return _compose([*steps, *_to_normalized(data)])
+
+
+def _compose(steps: list[nn.Module]) -> Callable[[Image.Image], Tensor]:
+    composed: Callable[[Image.Image], Tensor] = transforms.Compose(steps)
+    return composed
 
 
 def _to_normalized(data: EasyDict) -> list[nn.Module]:
@@ -222,7 +230,7 @@ def validation_loader(config: EasyDict) -> DataLoader[Any]:
             f"model.kwargs.num_classes is {config.model.kwargs.num_classes}, but data.classes "
             f"({config.data.classes}) lists {len(classes)} classes"
         )
-    samples = list_samples(Path(config.data.path) / "val", classes, "val folder")
+    samples = list_samples(expand(config.data.path) / "val", classes, "val folder")
     if samples[-1][1] == -1:
         raise UserError(f"val folder {config.data.path}/val: {samples[-1][0].name} is in no class folder")
     return make_loader(samples, evaluation_transform(config.data), config)
@@ -236,7 +244,7 @@ def load_calibration(config: EasyDict) -> Calibration:
             (unless `data.skip_unreadable`).
     """
     data = config.data
-    folder = Path(data.path) / data.calibration
+    folder = expand(data.path) / expand(data.calibration)
     samples = list_samples(folder, class_names(data), "calibration folder")
     wanted = config.quant.calibrate
     if wanted < len(samples):
@@ -244,8 +252,12 @@ def load_calibration(config: EasyDict) -> Calibration:
         chosen = torch.randperm(len(samples), generator=generator)[:wanted].sort().values
         samples = [samples[index] for index in chosen.tolist()]
     elif wanted > len(samples):
-        logger.warning("calibration folder %s holds %d images, fewer than quant.calibrate, %d: "
-                       "all are used", folder, len(samples), wanted)
+        logger.warning(
+            "calibration folder %s holds %d images, fewer than quant.calibrate, %d: all are used",
+            folder,
+            len(samples),
+            wanted,
+        )
     transform = crop_flip_transform(data) if data.augment == "crop_flip" else evaluation_transform(data)
     images, unreadable = [], []
     for batch in make_loader(samples, transform, config):

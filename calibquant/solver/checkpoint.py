@@ -1,0 +1,229 @@
+"""The saved quantized network: integers packed at their bit-width, qparams, biases and its own story.
+
+A file is a dict of tensors and plain values, so ``torch.load(weights_only=True)`` reads it and nothing
+in it can run. Shapes and grids are checked against the network that its config describes before
+anything is allocated, and a checksum covers the content.
+"""
+
+import hashlib
+import json
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from easydict import EasyDict
+from torch import Tensor, nn
+
+from calibquant.errors import UserError
+from calibquant.model.load import safe_load
+from calibquant.model.quant_layer import QuantLayer, layers
+from calibquant.model.quant_resnet import QuantResNet
+from calibquant.quantization.affine import quant_bounds
+from calibquant.quantization.fake_quant import FakeQuantize, FixedFakeQuantize, IntegerWeight
+from calibquant.quantization.packing import pack_bits, unpack_bits
+from calibquant.quantization.state import quantizers
+from calibquant.solver.config import check_config, config_name, plain
+from calibquant.solver.files import write_atomically
+from calibquant.solver.pipeline import float_model_on_meta, quantize_model
+
+FORMAT, VERSION = "calibquant", 1
+MODEL_ROOT = Path("model_quantized")
+
+STRUCTURE = (
+    "model.type",
+    "model.kwargs",
+    "quant.w_qconfig.bit",
+    "quant.a_qconfig.bit",
+    "quant.w_qconfig.symmetric",
+    "quant.a_qconfig.symmetric",
+    "quant.w_qconfig.ch_axis",
+    "quant.a_qconfig.ch_axis",
+    "quant.ends_8bit",
+)
+"""Config keys that say what the saved network is; a config that contradicts them is refused."""
+
+
+def save_checkpoint(
+    model: QuantResNet, config: EasyDict, metadata: dict[str, Any], root: Path = MODEL_ROOT
+) -> Path:
+    """Save a hardened model under a name that no other file has.
+
+    Returns:
+        ``<root>/<config name>/<type>_w<bits>_a<bits>_<random digits>.pth``.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": plain(config),
+        "metadata": metadata,
+        "layers": {name: _pack_layer(layer) for name, layer in layers(model)},
+        "activations": {name: _pack_activation(q) for name, q in quantizers(model)},
+    }
+    content["checksum"] = checksum(content)
+    quant = config.quant
+    stem = f"{config.model.type}_w{quant.w_qconfig.bit}_a{quant.a_qconfig.bit}"
+    while True:
+        path = root / config_name(config) / f"{stem}_{10_000 + secrets.randbelow(90_000)}.pth"
+        if write_atomically(path, lambda file: torch.save(content, file), overwrite=False):
+            return path
+
+
+def _pack_layer(layer: QuantLayer) -> dict[str, Any]:
+    integers = layer.weight_quantizer
+    if not isinstance(integers, IntegerWeight):
+        raise ValueError("only a hardened model can be saved")
+    return {
+        "weight": pack_bits(integers.codes, integers.bits),
+        "shape": list(integers.codes.shape),
+        "bits": integers.bits,
+        "scale": integers.scale.cpu(),
+        "zero_point": integers.zero_point.to(torch.int16).cpu(),
+        "bias": layer.bias.cpu(),
+    }
+
+
+def _pack_activation(quantizer: FakeQuantize) -> dict[str, Any]:
+    scale, zero_point = quantizer.hard_qparams(1)
+    return {
+        "bits": quantizer.bits,
+        "scale": scale.reshape(-1).cpu(),
+        "zero_point": zero_point.reshape(-1).to(torch.int16).cpu(),
+    }
+
+
+def checksum(content: dict[str, Any]) -> str:
+    """SHA-256 over all values and tensors of a checkpoint, whatever order they are stored in."""
+    digest = hashlib.sha256()
+
+    def feed(value: Any, path: str) -> None:
+        if isinstance(value, dict):
+            for key in sorted(value, key=str):
+                feed(value[key], f"{path}/{key}")
+        elif isinstance(value, Tensor):
+            digest.update(f"{path}:{value.dtype}{list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(f"{path}={json.dumps(value)}".encode())
+
+    feed({key: value for key, value in content.items() if key != "checksum"}, "")
+    return digest.hexdigest()
+
+
+def find_checkpoint(name: str, config: EasyDict, root: Path = MODEL_ROOT) -> Path:
+    """A path as given, or a bare name in the config's folder under ``model_quantized/``.
+
+    Raises:
+        UserError: there is no such file in either place.
+    """
+    given, inside = Path(name), root / config_name(config) / name
+    if given.is_file():
+        return given
+    if given.name == name and inside.is_file():
+        return inside
+    raise UserError(f"--quantized_model_path {name}: no such file, neither as a path nor as {inside}")
+
+
+def load_checkpoint(path: Path) -> tuple[QuantResNet, EasyDict, dict[str, Any]]:
+    """Rebuild the quantized network from its file alone.
+
+    Returns:
+        ``(model, config, metadata)``; the model is on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: the file is truncated, foreign, damaged, of another version, or not what it claims.
+    """
+    where = f"quantized model {path}"
+    content = safe_load(path, "quantized model")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{where}: is no CalibQuant file")
+    if content.get("version") != VERSION:
+        raise UserError(f"{where}: has format version {content.get('version')!r:.20}, allowed is {VERSION}")
+    try:
+        if checksum(content) != content.get("checksum"):
+            raise UserError(f"{where}: its content does not match its checksum, the file is damaged")
+        config = check_config(content["config"], where)
+        model = quantize_model(float_model_on_meta(config), config)
+        _fill(model, content["layers"], layers(model), _fill_layer)
+        _fill(model, content["activations"], quantizers(model), _fill_activation)
+        metadata = dict(content["metadata"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{where}: is not what it claims to be: {error}") from error
+    return model.eval(), config, metadata
+
+
+def _fill(
+    model: QuantResNet,
+    saved: dict[str, Any],
+    expected: list[tuple[str, Any]],
+    fill: Callable[[nn.Module, str, Any, dict[str, Any]], None],
+) -> None:
+    if saved.keys() != {name for name, _ in expected}:
+        raise ValueError("its layers are not those of its config's network")
+    for name, module in expected:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        fill(parent, name, module, saved[name])
+
+
+def _fill_layer(parent: nn.Module, name: str, layer: QuantLayer, saved: dict[str, Any]) -> None:
+    expected = layer.weight_quantizer
+    assert isinstance(expected, FakeQuantize)
+    if tuple(saved["shape"]) != tuple(layer.weight.shape) or saved["bits"] != expected.bits:
+        raise ValueError(f"{name}: shape {saved['shape']} at {saved['bits']} bits is not the network's")
+    scale, zero_point = _checked_qparams(name, saved, expected, layer.weight.shape)
+    codes = unpack_bits(saved["weight"], expected.bits, layer.weight.numel()).view(layer.weight.shape)
+    bias = saved["bias"]
+    if bias.shape != layer.bias.shape or not bool(torch.isfinite(bias).all()):
+        raise ValueError(f"{name}: bias of shape {list(bias.shape)} with NaN or of a wrong shape")
+    layer.bias = bias.float()
+    layer.set_integer_weight(
+        IntegerWeight(codes, scale, zero_point, expected.bits, expected.symmetric, expected.ch_axis)
+    )
+
+
+def _fill_activation(parent: nn.Module, name: str, expected: FakeQuantize, saved: dict[str, Any]) -> None:
+    if saved["bits"] != expected.bits:
+        raise ValueError(f"{name}: {saved['bits']} bits are not its config's {expected.bits}")
+    fixed = FixedFakeQuantize(
+        expected.bits, expected.symmetric, expected.ch_axis, expected.observer_type, expected.role
+    )
+    fixed.scale, fixed.zero_point = _checked_qparams(name, saved, expected, None)
+    setattr(parent, name.rpartition(".")[2], fixed)
+
+
+def _checked_qparams(
+    name: str, saved: dict[str, Any], quantizer: FakeQuantize, shape: torch.Size | None
+) -> tuple[Tensor, Tensor]:
+    scale, zero_point = saved["scale"].float(), saved["zero_point"].float()
+    low, high = quant_bounds(quantizer.bits, quantizer.symmetric)
+    count = 1 if quantizer.ch_axis == -1 else None if shape is None else shape[quantizer.ch_axis]
+    if scale.ndim != 1 or scale.shape != zero_point.shape or count not in (None, scale.numel()):
+        raise ValueError(f"{name}: {scale.numel()} scales, allowed are {count}")
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(f"{name}: a scale is not above zero")
+    if not bool(((zero_point >= low) & (zero_point <= high)).all()):
+        raise ValueError(f"{name}: a zero-point lies outside {low} to {high}")
+    return scale, zero_point
+
+
+def require_agreement(config: EasyDict, saved: EasyDict, path: Path) -> None:
+    """Refuse a config that contradicts the file about what the network is.
+
+    Raises:
+        UserError: naming the first key that differs, with both values.
+    """
+    for key in STRUCTURE:
+        wanted, found = _value(config, key), _value(saved, key)
+        if wanted != found:
+            raise UserError(f"config says {key} {wanted}, but quantized model {path} has {found}")
+
+
+def _value(config: EasyDict, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value[part]
+    return sorted(value) if isinstance(value, list) else value

@@ -1,0 +1,140 @@
+"""Quantize a pretrained ResNet to low bits, without labels, and save it.
+
+python ./calibquant/solver/main_imagenet.py --config ./exp/w4a4/rs101/config.yaml
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the package is two folders up
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from easydict import EasyDict
+from tqdm import tqdm
+
+from calibquant.model.quant_layer import harden
+from calibquant.model.quant_resnet import QuantResNet
+from calibquant.solver.checkpoint import save_checkpoint
+from calibquant.solver.config import load_config
+from calibquant.solver.imagenet_util import (
+    Calibration,
+    Score,
+    evaluate,
+    load_calibration,
+    validation_loader,
+)
+from calibquant.solver.pipeline import (
+    calibrate,
+    float_model,
+    parameters_in_float32_mb,
+    quantize_model,
+    recon_settings,
+    seed_everything,
+)
+from calibquant.solver.recon import reconstruct
+from calibquant.solver.run_log import RunLog, start_run, versions
+from calibquant.solver.script import choose_device, run_script
+
+logger = logging.getLogger("calibquant")
+
+
+def main() -> None:
+    args = parse_arguments()
+    config = load_config(args.config)
+    with start_run("train_log", config) as run:
+        quantize(config, choose_device(args.device), run)
+
+
+def quantize(config: EasyDict, device: torch.device, run: RunLog) -> Path:
+    """The whole job; returns the saved file's path."""
+    seed_everything(config.process.seed)
+    skip = config.data.skip_unreadable
+    with run.stage("load"):
+        model = float_model(config).to(device)
+        validation = validation_loader(config)
+        calibration = load_calibration(config)
+    run.record(calibration=calibration.manifest())
+    logger.info("calibration: %d images, sha256 %s", len(calibration.files), calibration.sha256)
+
+    with run.stage("evaluate_float"):
+        score = evaluate(model, validation, device, skip)
+    report(run, "float", "float", score)
+
+    with run.stage("calibrate"):
+        quantized = quantize_model(model, config)
+        calibrate(quantized, calibration.images, config.data.batch_size)
+    with run.stage("evaluate_range_only"):
+        score = evaluate(quantized, validation, device, skip)
+    report(run, "range_only", "ranges only", score)
+
+    with run.stage("reconstruct"):
+        reconstruct_and_report(quantized, calibration, config, run)
+        harden(quantized)
+
+    with run.stage("save"):
+        path = save_checkpoint(quantized, config, story(config, calibration))
+    size, full = path.stat().st_size / 1e6, parameters_in_float32_mb(model)
+    logger.info("saved %s: %.2f MB (float32: %.2f MB)", path, size, full)
+    run.record(checkpoint=str(path), checkpoint_mb=size, float32_mb=full)
+
+    with run.stage("evaluate_quantized"):
+        score = evaluate(quantized, validation, device, skip)
+    report(run, "quantized", "quantized", score)
+    return path
+
+
+def report(run: RunLog, key: str, words: str, score: Score) -> None:
+    """Log an accuracy and put it into the metrics."""
+    logger.info("%s:%s (%d images, %d skipped)", words, score, score.images, score.skipped)
+    run.record(**{key: score.as_dict()})
+
+
+def reconstruct_and_report(
+    model: QuantResNet, calibration: Calibration, config: EasyDict, run: RunLog
+) -> None:
+    """Reconstruct unit by unit, logging each and keeping the metrics up to date."""
+    settings = recon_settings(config)
+    results = []
+    for result in reconstruct(model, calibration.images, settings, config.process.seed, progress_bar):
+        logger.info(
+            "unit %-12s error %.5g -> %.5g, %.1f s, %.2f %% rounded away, %.2f %% unconverged",
+            result.name,
+            result.error_before,
+            result.error_after,
+            result.seconds,
+            100 * result.rounded_away,
+            100 * result.unconverged,
+        )
+        results.append(asdict(result))
+        run.record(units=results)
+
+
+def progress_bar(name: str, steps: int) -> Iterable[int]:
+    """A bar on a terminal, nothing in a log."""
+    bar: Iterable[int] = tqdm(range(steps), desc=name, leave=False, disable=None, unit="step")
+    return bar
+
+
+def story(config: EasyDict, calibration: Calibration) -> dict[str, object]:
+    """What a checkpoint says of how it came to be."""
+    return {
+        "seed": config.process.seed,
+        "versions": versions(),
+        "calibration": calibration.manifest(),
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file, see exp/")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,88 @@
+"""The composition root: from a checked config to networks, ranges and scores.
+
+Here, and only here, config, model, quantization and data meet; the scripts call these verbs in order.
+"""
+
+import logging
+import random
+
+import numpy as np
+import torch
+from easydict import EasyDict
+from torch import Tensor, nn
+
+from calibquant.errors import UserError
+from calibquant.model.load import build_model, load_weights
+from calibquant.model.quant_layer import calibrate_weights
+from calibquant.model.quant_resnet import End, QuantResNet, QuantSpec
+from calibquant.model.resnet import ResNet
+from calibquant.quantization.fake_quant import QuantizerConfig
+from calibquant.quantization.state import calibrating
+from calibquant.solver.recon import ReconSettings
+
+logger = logging.getLogger("calibquant")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators; the parts that draw numbers have generators of their own."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def float_model(config: EasyDict) -> ResNet:
+    """The pretrained float network, on the CPU in evaluation mode.
+
+    Raises:
+        UserError: its weights are missing, unsafe or of another architecture.
+    """
+    model = build_model(config.model.type, dict(config.model.kwargs))
+    load_weights(model, config.model.type, config.model.path)
+    return model
+
+
+def float_model_on_meta(config: EasyDict) -> ResNet:
+    """The network's structure alone: shapes without any memory."""
+    with torch.device("meta"):
+        return build_model(config.model.type, dict(config.model.kwargs))
+
+
+def quantize_model(model: ResNet, config: EasyDict) -> QuantResNet:
+    """Fold batch norm and wrap the float network in quantizers, on its device, ranges not yet set."""
+    quant = config.quant
+    spec = QuantSpec(
+        QuantizerConfig(**quant.w_qconfig),
+        QuantizerConfig(**quant.a_qconfig),
+        frozenset(End(end) for end in quant.ends_8bit),
+    )
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        return QuantResNet(model, spec).to(device).eval()
+
+
+def calibrate(model: QuantResNet, images: Tensor, batch_size: int) -> None:
+    """Set every range: of weights from the weights, of activations from all calibration images.
+
+    Raises:
+        UserError: weights or activations hold NaN or infinity.
+    """
+    device = next(model.buffers()).device
+    try:
+        calibrate_weights(model)
+        with calibrating(model):
+            for batch in images.split(batch_size):
+                model(batch.to(device, non_blocking=True))
+    except ValueError as error:
+        raise UserError(f"calibration: {error}") from error
+
+
+def recon_settings(config: EasyDict) -> ReconSettings:
+    """`quant.recon` as reconstruction takes it."""
+    values = dict(config.quant.recon)
+    values["b_range"] = tuple(values["b_range"])
+    return ReconSettings(**values)
+
+
+def parameters_in_float32_mb(model: nn.Module) -> float:
+    """Size of a float network's weights and biases on disk in MB (10^6 bytes)."""
+    return sum(p.numel() for p in model.parameters()) * 4 / 1e6

@@ -1,0 +1,119 @@
+"""What a run leaves behind: a folder of its own with a log and `metrics.json`."""
+
+import logging
+import platform
+import resource
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import easydict
+import numpy
+import scipy
+import torch
+import torchvision
+import yaml
+from easydict import EasyDict
+
+import calibquant
+from calibquant.errors import UserError
+from calibquant.solver.config import config_name, plain
+from calibquant.solver.files import write_json
+from calibquant.solver.script import one_line
+
+logger = logging.getLogger("calibquant")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that could change a result."""
+    found = {"calibquant": calibquant.__version__, "python": platform.python_version()}
+    for module in (torch, torchvision, numpy, scipy, yaml):
+        found[module.__name__] = module.__version__
+    return found | {"easydict": getattr(easydict, "__version__", "unknown")}
+
+
+class RunLog:
+    """A run's folder; `metrics.json` is rewritten, whole, whenever something new is known."""
+
+    def __init__(self, folder: Path, config: EasyDict) -> None:
+        self.folder = folder
+        self.metrics: dict[str, Any] = {
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "seed": config.process.seed,
+            "seconds": {},
+            "config": plain(config),
+            "versions": versions(),
+        }
+
+    def record(self, **values: Any) -> None:
+        """Add values to `metrics.json`."""
+        self.metrics.update(values)
+        self.metrics.update(peak_memory())
+        write_json(self.folder / "metrics.json", self.metrics)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; its seconds go to the log and to `metrics.json`."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self.metrics["seconds"][name] = seconds
+        logger.info("%s: %.1f s", name, seconds)
+        self.record()
+
+
+@contextmanager
+def start_run(root: str, config: EasyDict) -> Iterator[RunLog]:
+    """Make ``<root>/<config name>/<UTC time>-<digits>/``, log into it and to the terminal.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.randbelow(10**5):05d}"
+    folder = Path(root) / config_name(config) / name
+    try:
+        folder.mkdir(parents=True)
+        to_file = logging.FileHandler(folder / "calibquant.log", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"log folder {folder}: cannot be made: {error.strerror or error}") from error
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    to_terminal = logging.StreamHandler(sys.stdout)
+    logger.setLevel(logging.INFO)
+    for handler in (to_file, to_terminal):
+        logger.addHandler(handler)
+    try:
+        logger.info("log: %s", folder / "calibquant.log")
+        logger.info("config: %s", plain(config))
+        logger.info("versions: %s", versions())
+        yield RunLog(folder, config)
+    except BaseException as error:
+        to_file.handle(
+            logger.makeRecord(
+                logger.name,
+                logging.ERROR,
+                __file__,
+                0,
+                f"{type(error).__name__}: {one_line(error)}",
+                (),
+                None,
+            )
+        )
+        raise
+    finally:
+        for handler in (to_file, to_terminal):
+            logger.removeHandler(handler)
+        to_file.close()
+
+
+def peak_memory() -> dict[str, float]:
+    """Peak memory in GiB: of the process, and as `peak_memory_gib` of the GPU where one is used."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    device = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else host
+    return {"peak_memory_gib": device, "peak_host_memory_gib": host}

@@ -1,0 +1,53 @@
+"""Score a saved quantized network on ImageNet's validation images.
+
+python ./calibquant/solver/test_imagenet.py --config ./exp/w4a4/rs101/config.yaml \\
+    --quantized_model_path resnet101_w4_a4_57283.pth
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the package is two folders up
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from calibquant.solver.checkpoint import find_checkpoint, load_checkpoint, require_agreement
+from calibquant.solver.config import load_config
+from calibquant.solver.imagenet_util import evaluate, validation_loader
+from calibquant.solver.run_log import start_run
+from calibquant.solver.script import choose_device, run_script
+
+logger = logging.getLogger("calibquant")
+
+
+def main() -> None:
+    args = parse_arguments()
+    config = load_config(args.config)
+    path = find_checkpoint(args.quantized_model_path, config)
+    with start_run("test_log", config) as run:
+        device = choose_device(args.device)
+        model, saved, metadata = load_checkpoint(path)
+        require_agreement(config, saved, path)
+        logger.info("quantized model %s, made with %s", path, metadata)
+        validation = validation_loader(config)
+        with run.stage("evaluate_quantized"):
+            score = evaluate(model.to(device), validation, device, config.data.skip_unreadable)
+        logger.info("%s", score)
+        run.record(quantized=score.as_dict(), checkpoint=str(path), metadata=metadata)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", required=True, help="the YAML that the network was quantized with")
+    parser.add_argument(
+        "--quantized_model_path",
+        required=True,
+        help="a path, or a bare name in the config's folder under model_quantized/",
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_script(main)
