@@ -1,6 +1,7 @@
 """Paths as a config may write them."""
 
 import os
+import re
 from pathlib import Path
 
 from calibquant.errors import UserError
@@ -12,7 +13,10 @@ def expand(path: str) -> Path:
     Raises:
         UserError: a variable that the path names is not set.
     """
-    expanded = os.path.expandvars(path)
-    if "$" in expanded and expanded == path:
-        raise UserError(f"path {path}: names an environment variable that is not set")
-    return Path(expanded).expanduser()
+    missing = [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]
+    if missing:
+        raise UserError(f"path {path}: the environment variable {missing[0]} is not set")
+    try:
+        return Path(os.path.expandvars(path)).expanduser()
+    except RuntimeError as error:  # ~ of a user who has no home
+        raise UserError(f"path {path}: {error}") from error

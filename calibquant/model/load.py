@@ -1,7 +1,6 @@
 """Float networks by name, and their weights from a file or from torchvision."""
 
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,11 @@ def load_weights(model: ResNet, type: str, path: str | None) -> None:
                 f"{name}: does not fit {type}: {key} is {list(value.shape)}, "
                 f"allowed is {list(own[key].shape)}"
             )
+        if value.is_floating_point() != own[key].is_floating_point() or value.layout != torch.strided:
+            raise UserError(
+                f"{name}: {key} is {str(value.dtype).removeprefix('torch.')} ({value.layout}), "
+                "allowed are dense floating-point weights"
+            )
         if not bool(torch.isfinite(value).all()):
             raise UserError(f"{name}: {key} holds NaN or infinity")
     model.load_state_dict({**{k: own[k] for k in counters}, **state})
@@ -82,7 +86,7 @@ def safe_load(path: Path, what: str) -> Any:
             f"{what} {path}: refused: not a file of tensors alone "
             "(truncated, foreign, or a pickle that would run code)"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # torch's readers raise almost anything on foreign bytes
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{what} {path}: cannot be read, truncated or foreign: {reason[0]:.120}") from error
 
@@ -92,8 +96,9 @@ def _download(type: str) -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"model.path null: torchvision's weights could not be downloaded ({error}); "
+            f"model.path null: torchvision's weights could not be downloaded ({reason}); "
             "give model.path a state dict on disk"
         ) from error
     return state

@@ -48,7 +48,7 @@ class QuantLayer(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         y = self.operate(x, self.weight_quantizer(self.weight))
         if self.relu:
-            y = F.relu(y)
+            y = F.relu_(y)
         out: Tensor = self.output_quantizer(y)
         return out
 

@@ -78,7 +78,7 @@ class ResidualJoin(nn.Module):
         self.output_quantizer = output_quantizer
 
     def forward(self, h: Tensor, skip: Tensor) -> Tensor:
-        out: Tensor = self.output_quantizer(F.relu(self.last(h) + skip))
+        out: Tensor = self.output_quantizer(F.relu_(self.last(h).add_(skip)))
         return out
 
 

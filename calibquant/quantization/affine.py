@@ -69,47 +69,60 @@ def fake_quantize_affine(
     quant_min: int,
     quant_max: int,
     grad_factor: float = 1.0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Quantize and dequantize, differentiable in ``x``, ``scale`` and ``zero_point``.
 
     Straight-through inside the clipping range; the step size's gradient is LSQ's (Esser et al. 2020,
     eq. 3), the zero-point's LSQ+'s (Bhalgat et al. 2020), both times ``grad_factor`` (LSQ, section
-    2.2: ``1 / sqrt(numel * quant_max)``).
+    2.2: ``1 / sqrt(numel * quant_max)``). Where ``mask`` is false an element stays as it is (QDrop).
     """
-    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, grad_factor)
+    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, grad_factor, mask)
     return result
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """The gradients of :func:`fake_quantize_affine`, written out to spare memory traffic."""
+    """:func:`fake_quantize_affine` with its gradients written out, to spare passes over memory."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max, grad_factor):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, grad_factor, mask):  # type: ignore[no-untyped-def, override]
         zero_point = torch.clamp(torch.round(zero_point), quant_min, quant_max)
-        y = dequantize_affine(
-            quantize_affine(x, scale, zero_point, quant_min, quant_max), scale, zero_point
-        )
-        ctx.save_for_backward(x, y, scale, zero_point)
-        ctx.bounds = quant_min, quant_max, grad_factor
+        low, high = quant_min - zero_point, quant_max - zero_point
+        y = (x * (1.0 / scale)).round_().clamp_(low, high).mul_(scale)
+        if mask is not None:
+            y = torch.where(mask, y, x)
+        ctx.save_for_backward(x, y, scale, low, high, mask)
+        ctx.grad_factor = grad_factor
         return y
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
-        x, y, scale, zero_point = ctx.saved_tensors
-        quant_min, quant_max, grad_factor = ctx.bounds
-        low = (quant_min - zero_point - 0.5) * scale
-        high = (quant_max - zero_point + 0.5) * scale
-        inside = (x >= low).logical_and_(x <= high)
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        x, y, scale, low, high, mask = ctx.saved_tensors
+        straight = (x >= (low - 0.5) * scale).logical_and_(x <= (high + 0.5) * scale)
+        if mask is not None:
+            straight.logical_or_(mask.logical_not())
+        grad_x = grad * straight if ctx.needs_input_grad[0] else None
         grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[1]:
             # inside: round(x/s) - x/s; outside: the bound's distance from the zero-point, y/s
-            slope = torch.addcmul(y, x, inside, value=-1).mul_(grad)
-            grad_scale = slope.sum_to_size(scale.shape) * (grad_factor / scale)
+            slope = torch.addcmul(y, x, straight, value=-1)
+            grad_scale = sum_of_products(slope, grad, scale.shape) * (ctx.grad_factor / scale)
         if ctx.needs_input_grad[2]:
-            outside = grad * inside.logical_not_()
-            grad_zero_point = outside.sum_to_size(zero_point.shape) * (-grad_factor * scale)
-        return grad_x, grad_scale, grad_zero_point, None, None, None
+            clipped = sum_of_products(straight.logical_not_(), grad, scale.shape)
+            grad_zero_point = clipped * (-ctx.grad_factor * scale)
+        return grad_x, grad_scale, grad_zero_point, None, None, None, None
+
+
+def sum_of_products(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    """``(a * b)`` summed to a broadcastable shape; one pass where everything is summed."""
+    if shape.numel() == 1 and a.dtype == b.dtype and a.stride() == b.stride() and _is_dense(a):
+        flat = (a.numel(),), (1,)
+        return torch.dot(a.as_strided(*flat), b.as_strided(*flat)).view(shape)
+    return (a * b).sum_to_size(shape)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def lsq_grad_factor(x: Tensor, qparam: Tensor, quant_max: int) -> float:
@@ -119,7 +132,24 @@ def lsq_grad_factor(x: Tensor, qparam: Tensor, quant_max: int) -> float:
 
 def rectified_sigmoid(logits: Tensor) -> Tensor:
     """Soft rounding ``h`` in [0, 1] from rounding logits (AdaRound, Nagel et al. 2020, eq. 23)."""
-    return (torch.sigmoid(logits) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
+    result: Tensor = _RectifiedSigmoid.apply(logits)
+    return result
+
+
+class _RectifiedSigmoid(torch.autograd.Function):
+    """:func:`rectified_sigmoid`; its slope follows from its value, so nothing else is kept."""
+
+    @staticmethod
+    def forward(ctx, logits):  # type: ignore[no-untyped-def, override]
+        h = torch.sigmoid(logits).mul_(ZETA - GAMMA).add_(GAMMA).clamp_(0.0, 1.0)
+        ctx.save_for_backward(h)
+        return h
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        (h,) = ctx.saved_tensors
+        slope = (h - GAMMA).mul_(ZETA - h).mul_(1 / (ZETA - GAMMA))
+        return slope.mul_((h > 0).logical_and_(h < 1)).mul_(grad)
 
 
 def initial_rounding_logits(weight: Tensor, scale: Tensor) -> Tensor:
@@ -138,13 +168,31 @@ def round_from_floor(
     quant_max: int,
 ) -> Tensor:
     """Dequantized weight whose floor ``floor(weight / scale)`` is moved up by ``h`` in [0, 1]."""
-    low, high = quant_min - zero_point, quant_max - zero_point
-    return torch.minimum(torch.maximum(floor + h, low), high) * scale
+    return (floor + h).clamp(quant_min - zero_point, quant_max - zero_point) * scale
 
 
-def rounding_regularizer(h: Tensor, b: float | Tensor) -> Tensor:
+def rounding_regularizer(h: Tensor, b: float) -> Tensor:
     """Sum of ``1 - |2h - 1|^b``: zero only where every ``h`` is 0 or 1 (AdaRound, eq. 24)."""
-    return (1 - (2 * h - 1).abs().pow(b)).sum()
+    result: Tensor = _RoundingRegularizer.apply(h, b)
+    return result
+
+
+class _RoundingRegularizer(torch.autograd.Function):
+    """:func:`rounding_regularizer`, with one power for value and gradient together."""
+
+    @staticmethod
+    def forward(ctx, h, b):  # type: ignore[no-untyped-def, override]
+        centred = h.mul(2).sub_(1)
+        slope = centred.abs().pow_(b - 1)
+        value = h.numel() - (slope * centred.abs()).sum()
+        ctx.save_for_backward(slope.mul_(centred.sign_()))
+        ctx.factor = -2 * b
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        (slope,) = ctx.saved_tensors
+        return slope * (grad * ctx.factor), None
 
 
 def random_mask_like(x: Tensor, chance: float, generator: torch.Generator | None) -> Tensor:
@@ -152,7 +200,10 @@ def random_mask_like(x: Tensor, chance: float, generator: torch.Generator | None
 
     Eight elements share one 64-bit draw: drawing is what dropping costs on a CPU.
     """
+    threshold = round(chance * 256)
+    if threshold > 255:  # beyond what a byte can be compared with
+        return torch.ones_like(x, dtype=torch.bool)
     words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
     words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
     draws = words.view(torch.uint8)[: x.numel()].as_strided(x.shape, x.stride())
-    return draws < round(chance * 256)
+    return draws < threshold

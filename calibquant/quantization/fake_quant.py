@@ -43,12 +43,11 @@ class Drop:
     drop_prob: float
     generator: torch.Generator | None = None
 
-    def mix(self, quantized: Tensor, full_precision: Tensor) -> Tensor:
-        """Take each element from ``quantized`` with chance ``drop_prob``, else from the other."""
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """Which elements of ``x`` stay quantized this time; None for all."""
         if self.drop_prob >= 1.0:
-            return quantized
-        mask = random_mask_like(full_precision, self.drop_prob, self.generator)
-        return torch.where(mask, quantized, full_precision)
+            return None
+        return random_mask_like(x, self.drop_prob, self.generator)
 
 
 class FakeQuantize(nn.Module):
@@ -120,33 +119,35 @@ class FakeQuantize(nn.Module):
         return scale.view(shape), self.zero_point.view(shape)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """``x`` on the grid, differentiable in whatever the quantizer learns."""
+        """``x`` on the grid (but for what is dropped), differentiable in whatever is learned."""
         scale, zero_point = self.qparams(x.ndim)
         factor = lsq_grad_factor(x, self.scale, self.quant_max) if scale.requires_grad else 1.0
-        return fake_quantize_affine(x, scale, zero_point, self.quant_min, self.quant_max, factor)
+        mask = None if self.drop is None else self.drop.mask_for(x)
+        return fake_quantize_affine(x, scale, zero_point, self.quant_min, self.quant_max, factor, mask)
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of ``x`` in ``[quant_min, quant_max]``, as floats."""
         scale, zero_point = self.hard_qparams(x.ndim)
         return quantize_affine(x, scale, zero_point, self.quant_min, self.quant_max)
 
-    def hard_qparams(self, ndim: int) -> tuple[Tensor, Tensor]:
-        """The qparams as they are deployed: detached, the zero-point an integer inside the grid."""
-        scale, zero_point = self.qparams(ndim)
+    def hard_qparams(self, ndim: int | None = None) -> tuple[Tensor, Tensor]:
+        """The qparams as they are deployed: detached, the zero-point an integer inside the grid.
+
+        Shaped to broadcast over a tensor of ``ndim`` axes, or one-dimensional without it.
+        """
+        scale, zero_point = self.qparams(ndim or self.ch_axis + 1)
         zero_point = torch.round(zero_point.detach()).clamp(self.quant_min, self.quant_max)
+        if ndim is None:
+            return scale.detach().reshape(-1).clone(), zero_point.reshape(-1)
         return scale.detach(), zero_point
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return x
-        quantized = self.quantize(x)
-        return quantized if self.drop is None else self.drop.mix(quantized, x)
+        return self.quantize(x) if self.enabled else x
 
     def hardened(self) -> "FixedFakeQuantize":
         """The same quantizer with its qparams as they are now, fixed."""
         fixed = FixedFakeQuantize(self.bits, self.symmetric, self.ch_axis, self.observer_type, self.role)
-        scale, zero_point = self.hard_qparams(1)
-        fixed.scale, fixed.zero_point = scale.reshape(-1).clone(), zero_point.reshape(-1).clone()
+        fixed.scale, fixed.zero_point = self.hard_qparams()
         return fixed
 
     def extra_repr(self) -> str:
@@ -166,11 +167,14 @@ class LSQFakeQuantize(FakeQuantize):
 
 
 class LSQPlusFakeQuantize(FakeQuantize):
-    """Step size and zero-point are learned (Bhalgat et al. 2020)."""
+    """Step size and, on an asymmetric grid, zero-point are learned (Bhalgat et al. 2020)."""
 
     def _register_qparams(self) -> None:
         self.scale = nn.Parameter(torch.full((1,), torch.nan), requires_grad=False)
-        self.zero_point = nn.Parameter(torch.zeros(1), requires_grad=False)
+        if self.symmetric:
+            self.register_buffer("zero_point", torch.zeros(1))
+        else:
+            self.zero_point = nn.Parameter(torch.zeros(1), requires_grad=False)
 
 
 class AdaRoundFakeQuantize(FakeQuantize):
@@ -257,14 +261,14 @@ class IntegerWeight(nn.Module):
         Raises:
             ValueError: the quantizer's range was never calibrated.
         """
-        scale, zero_point = quantizer.hard_qparams(1)
+        scale, zero_point = quantizer.hard_qparams()
         if not bool(torch.isfinite(scale).all()):
             raise ValueError("a weight was hardened before its range was calibrated")
         codes = (quantizer.codes(weight) - quantizer.quant_min).to(torch.uint8)
         return cls(
             codes.contiguous(),
-            scale.reshape(-1).clone(),
-            zero_point.reshape(-1).clone(),
+            scale,
+            zero_point,
             quantizer.bits,
             quantizer.symmetric,
             quantizer.ch_axis,

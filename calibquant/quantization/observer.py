@@ -43,7 +43,8 @@ class Histogram:
     def add(self, rows: Tensor, reach: Tensor) -> None:
         """Count a batch whose largest magnitude in each row is ``reach``, ``[rows]``."""
         half = self.bins // 2
-        self.width = torch.where(self.width == 0, reach / half, self.width)
+        first = (reach / half).clamp(min=torch.finfo(torch.float32).tiny) * (reach > 0)
+        self.width = torch.where(self.width == 0, first, self.width)
         while bool((narrow := reach > self.width * half).any()):
             self._double(narrow)
         per_bin = 1.0 / self.width.clamp(min=torch.finfo(torch.float32).tiny)

@@ -10,6 +10,7 @@ A *row* is what gets one scale: a whole tensor or one channel. Tensors here are 
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -101,7 +102,8 @@ def grid_search(samples: Samples, grid: Grid) -> tuple[Tensor, Tensor]:
 
     def search(chunk: Samples) -> tuple[Tensor, Tensor]:
         width, lowest, highest, zero_point = _search_space(chunk, grid)
-        best_scale, best_zero, best_error = width, zero_point, torch.full_like(width, torch.inf)
+        best_scale = (width / grid.levels).clamp(min=SCALE_EPS)
+        best_zero, best_error = zero_point, torch.full_like(width, torch.inf)
         for step in range(GRID_STEPS, 0, -1):
             scale = torch.clamp(width * (step / GRID_STEPS) / grid.levels, min=SCALE_EPS)
             zero_point, error = best_zero_point(chunk, scale, zero_point, lowest, highest, grid)
@@ -180,9 +182,15 @@ def _clipping_range(scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[Tens
 def _by_chunks(
     samples: Samples, search: Callable[[Samples], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Search rows in chunks that stay in a CPU core's cache (or fill a GPU), in bounded memory."""
-    elements = 2**17 if samples.values.device.type == "cpu" else 2**24
+    """Search rows in chunks, in bounded memory.
+
+    On a CPU a chunk stays in a core's cache and below the size at which torch splits an operation over
+    threads; the chunks are spread over as many threads instead, which then never wait for each other.
+    """
+    on_cpu = samples.values.device.type == "cpu"
     rows, n = samples.values.shape
-    step = max(1, elements // max(1, n))
-    found = [search(samples.row_slice(slice(i, i + step))) for i in range(0, rows, step)]
+    step = max(1, (2**15 if on_cpu else 2**24) // max(1, n))
+    chunks = [samples.row_slice(slice(i, i + step)) for i in range(0, rows, step)]
+    with ThreadPoolExecutor(torch.get_num_threads() if on_cpu else 1) as pool:
+        found = list(pool.map(search, chunks))
     return torch.cat([low for low, _ in found]), torch.cat([high for _, high in found])

@@ -3,13 +3,14 @@
 Each scope restores what it found on the way out, also when left by an exception.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from calibquant.quantization.fake_quant import Drop, FakeQuantize, Role
+from calibquant.quantization.observer import Observer
 
 
 def quantizers(module: nn.Module, role: Role | None = None) -> list[tuple[str, FakeQuantize]]:
@@ -43,21 +44,34 @@ def calibrating(module: nn.Module) -> Iterator[None]:
             the body itself raises, no range is changed.
     """
     watched = [(name, q, q.make_observer()) for name, q in quantizers(module, Role.ACTIVATION)]
-    hooks = [
-        q.register_forward_hook(lambda _module, inputs, _out, seen=seen: seen.observe(inputs[0]))
-        for _, q, seen in watched
-    ]
+    hooks = [q.register_forward_hook(_observe_into(name, seen)) for name, q, seen in watched]
     try:
         with full_precision(module), torch.no_grad():
             yield
     finally:
         for hook in hooks:
             hook.remove()
-    for name, quantizer, seen in watched:
+    for quantizer, found in [(q, _range_seen(name, seen)) for name, q, seen in watched]:
+        quantizer.set_range(*found)
+
+
+def _observe_into(name: str, seen: Observer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """A forward hook that shows a quantizer's input to its observer."""
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
         try:
-            quantizer.set_range(*seen.clipping_range())
+            seen.observe(inputs[0])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+
+    return hook
+
+
+def _range_seen(name: str, seen: Observer) -> tuple[Tensor, Tensor]:
+    try:
+        return seen.clipping_range()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 @contextmanager

@@ -88,11 +88,11 @@ def _pack_layer(layer: QuantLayer) -> dict[str, Any]:
 
 
 def _pack_activation(quantizer: FakeQuantize) -> dict[str, Any]:
-    scale, zero_point = quantizer.hard_qparams(1)
+    scale, zero_point = quantizer.hard_qparams()
     return {
         "bits": quantizer.bits,
-        "scale": scale.reshape(-1).cpu(),
-        "zero_point": zero_point.reshape(-1).to(torch.int16).cpu(),
+        "scale": scale.cpu(),
+        "zero_point": zero_point.to(torch.int16).cpu(),
     }
 
 

@@ -137,8 +137,8 @@ KEYS: list[Key] = [
         sequence(choice(*ENDS), "a list of " + ", ".join(ENDS)),
         "what stays at 8 bits at the two ends; QDrop's own code omits `stem_output`",
     ),
-    Key("quant.calibrate", 1024, integer(1), "calibration images taken from the calibration folder"),
-    Key("quant.recon.batch_size", 32, integer(1), "images per optimisation step"),
+    Key("quant.calibrate", 1024, integer(1, 10**9), "calibration images taken from the calibration folder"),
+    Key("quant.recon.batch_size", 32, integer(1, 10**6), "images per optimisation step"),
     Key("quant.recon.scale_lr", 4.0e-5, number(0), "Adam learning rate of step sizes, cosine to 0"),
     Key("quant.recon.round_lr", 1.0e-3, number(0), "Adam learning rate of rounding logits, constant"),
     Key(
@@ -148,7 +148,7 @@ KEYS: list[Key] = [
     Key(
         "quant.recon.iters",
         20000,
-        integer(0),
+        integer(0, 10**9),
         "steps per unit; 0 keeps calibrated ranges and nearest rounding",
     ),
     Key(
@@ -208,7 +208,7 @@ KEYS: list[Key] = [
         text(allowed="imagenet, folders or a path"),
         "class of an image: by ImageNet wnid, by sorted `folders` of val, or by a file that lists folders",
     ),
-    Key("data.batch_size", 64, integer(1), "images per batch of evaluation and range calibration"),
+    Key("data.batch_size", 64, integer(1, 10**6), "images per batch of evaluation and range calibration"),
     Key("data.num_workers", 4, integer(0, 256), "data-loading processes, at most one per core"),
     Key("data.pin_memory", True, BOOLEAN, "page-locked batches, for copies to a GPU"),
     Key("data.input_size", 224, integer(1, 4096), "side of the centre crop in pixels"),
@@ -243,6 +243,8 @@ class _StrictLoader(yaml.SafeLoader):
 def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`, which may stand twice
+            continue
         key = loader.construct_object(key_node, deep=True)
         if isinstance(key, Hashable):
             if key in seen:
@@ -269,8 +271,9 @@ def load_config(path: str | Path) -> EasyDict:
         raise UserError(f"config {path}: cannot be read: {reason}") from error
     try:
         raw = yaml.load(content, Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"config {path}: is no valid YAML: {' '.join(str(error).split())}") from error
+    except Exception as error:  # `!!int ""` or a deep nesting raise more than YAMLError
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"config {path}: is no valid YAML: {reason}") from error
     return check_config(raw, f"config {path}")
 
 
@@ -280,11 +283,15 @@ def check_config(raw: Any, where: str = "config") -> EasyDict:
     Raises:
         UserError: an unknown or missing key or a bad value; one line names it and what is allowed.
     """
-    given = dict(_flatten(raw, where))
+    given: dict[str, Any] = {}
     known = {key.path: key for key in KEYS}
-    for path in given:
+    for path, value in _flatten(raw, where):
         if path not in known:
-            raise UserError(f"{where}: unknown key {path}; {_suggestion(path)}")
+            name = path if path.isprintable() else ascii(path)
+            raise UserError(f"{where}: unknown key {name:.80}; {_suggestion(path)}")
+        if path in given:
+            raise UserError(f"{where}: the key {path} stands twice, nested and dotted")
+        given[path] = value
     config: dict[str, Any] = {}
     for key in KEYS:
         value = given.get(key.path, key.default)
@@ -293,8 +300,9 @@ def check_config(raw: Any, where: str = "config") -> EasyDict:
         try:
             value = key.kind.convert(value)
         except (ValueError, OverflowError):
-            shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
-            raise UserError(f"{where}: {key.path} is {shown}, allowed is {key.kind.allowed}") from None
+            raise UserError(
+                f"{where}: {key.path} is {_shown(value)}, allowed is {key.kind.allowed}"
+            ) from None
         *sections, name = key.path.split(".")
         target = config
         for section in sections:
@@ -305,6 +313,15 @@ def check_config(raw: Any, where: str = "config") -> EasyDict:
     return checked
 
 
+def _shown(value: Any) -> str:
+    """A value on one line of at most 80 characters."""
+    try:
+        written = repr(value)
+    except ValueError:  # an integer of more than 4300 digits
+        written = f"a huge {type(value).__name__}"
+    return written if len(written) <= 80 else written[:77] + "..."
+
+
 def _suggestion(path: str) -> str:
     """What the user may have meant by an unknown dotted path: a near name, else its siblings."""
     names = {key.path.rsplit(".", depth)[0] for key in KEYS for depth in range(3)}
@@ -312,8 +329,8 @@ def _suggestion(path: str) -> str:
     if close:
         return f"did you mean {close[0]}?"
     section = path.rpartition(".")[0]
-    siblings = sorted(n.rpartition(".")[2] for n in names if n.rpartition(".")[0] == section)
-    return f"allowed are {', '.join(siblings)}"
+    siblings = {n.rpartition(".")[2] for n in names if n.rpartition(".")[0] == section}
+    return f"allowed are {', '.join(sorted(siblings or {n.partition('.')[0] for n in names}))}"
 
 
 def _flatten(raw: Any, where: str, prefix: str = "") -> list[tuple[str, Any]]:
@@ -321,7 +338,7 @@ def _flatten(raw: Any, where: str, prefix: str = "") -> list[tuple[str, Any]]:
     sections = {key.path.rsplit(".", depth)[0] for key in KEYS for depth in (1, 2) if "." in key.path}
     if not isinstance(raw, dict):
         name = prefix.rstrip(".") or "the file"
-        raise UserError(f"{where}: {name} is {raw!r:.60}, allowed is a mapping of keys to values")
+        raise UserError(f"{where}: {name} is {_shown(raw)}, allowed is a mapping of keys to values")
     flat: list[tuple[str, Any]] = []
     for key, value in raw.items():
         path = f"{prefix}{key}"

@@ -97,12 +97,13 @@ def class_names(data: EasyDict) -> list[str]:
     if data.classes == "folders":
         return [folder.name for folder in subfolders(expand(data.path) / "val", "val folder")]
     try:
-        names = expand(data.classes).read_text(encoding="utf-8").split()
+        lines = expand(data.classes).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(
             f"data.classes {data.classes}: cannot be read; allowed are imagenet, folders or "
             "a text file that lists class folders"
         ) from error
+    names = [line.strip() for line in lines if line.strip()]
     if len(set(names)) != len(names) or not names:
         raise UserError(f"data.classes {data.classes}: lists no class or one class twice")
     return names
@@ -140,12 +141,12 @@ def list_samples(folder: Path, classes: list[str], what: str) -> list[Sample]:
                 f"{what} {folder}: class folder {class_folder.name} is none of the {len(classes)} classes "
                 f"({classes[0]}, {classes[1] if len(classes) > 1 else ''} ...); see data.classes"
             )
-        files_inside = sorted(path for path in class_folder.rglob("*") if path.is_file())
+        files_inside = sorted(path for path in class_folder.rglob("*") if not path.is_dir())
         samples += [(path, index[class_folder.name]) for path in files_inside if is_image(path)]
         for path in files_inside:
             if not is_image(path):
                 logger.warning("%s: ignored, its name is not an image's", path)
-    samples += [(path, -1) for path in sorted(folder.iterdir()) if path.is_file() and is_image(path)]
+    samples += [(path, -1) for path in sorted(folder.iterdir()) if is_image(path) and not path.is_dir()]
     if not samples:
         raise UserError(f"{what} {folder}: holds no image ({', '.join(IMG_EXTENSIONS)})")
     return samples
@@ -189,7 +190,7 @@ class ImageDataset(Dataset[tuple[Tensor | Unreadable, int]]):
         path, target = self.samples[index]
         try:
             with Image.open(path) as image, torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed * 1_000_003 + index)
+                torch.default_generator.manual_seed(self.seed * 1_000_003 + index)
                 return self.transform(image.convert("RGB")), target
         except Exception as error:  # a decoder may raise anything on foreign bytes
             return Unreadable(path, " ".join(str(error).split()) or type(error).__name__), target

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from calibquant.model.quant_layer import harden, layers
 from calibquant.model.quant_resnet import QuantResNet, Unit
@@ -182,7 +183,8 @@ def output_error(output: Tensor, target: Tensor, batch: int) -> float:
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     """Squared error summed over channels (axis 1) and averaged over the rest."""
-    return (output - target).square().sum() * (output.shape[1] / output.numel())
+    total = F.mse_loss(output, target, reduction="sum")
+    return total * (output.shape[1] / output.numel())
 
 
 def regularizer_exponent(step: int, settings: ReconSettings) -> float | None:
@@ -277,9 +279,10 @@ def start_rounding(module: nn.Module, settings: ReconSettings) -> list[AdaRoundF
 def mixed_input(quantized: Tensor, full: Tensor, rows: Tensor, drop: Drop, device: torch.device) -> Tensor:
     """A batch of a unit's input, each element quantized with chance `drop_prob`, else float (QDrop)."""
     batch = quantized[rows].to(device, non_blocking=True)
-    if quantized is full:
+    mask = None if quantized is full else drop.mask_for(batch)
+    if mask is None:
         return batch
-    return drop.mix(batch, full[rows].to(device, non_blocking=True))
+    return torch.where(mask, batch, full[rows].to(device, non_blocking=True))
 
 
 def rounding_penalty(

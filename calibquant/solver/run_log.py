@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
     """Versions of everything that could change a result."""
     found = {"calibquant": calibquant.__version__, "python": platform.python_version()}
     for module in (torch, torchvision, numpy, scipy, yaml):
-        found[module.__name__] = module.__version__
+        found[module.__name__] = str(module.__version__)  # torch has a type of its own
     return found | {"easydict": getattr(easydict, "__version__", "unknown")}
 
 

@@ -1,5 +1,6 @@
 """What every script shares: how it ends when something is wrong, and which device it runs on."""
 
+import ctypes
 import logging
 import sys
 from collections.abc import Callable
@@ -41,4 +42,18 @@ def choose_device(wanted: str | None) -> torch.device:
     if wanted is None and not torch.cuda.is_available():
         logger.info("no CUDA device: running on the CPU")
     name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        keep_freed_memory()
     return torch.device(name)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse the memory of large tensors instead of returning it to the system each time.
+
+    Fresh pages cost a CPU step about a fifth of its time. Elsewhere than on glibc this does nothing.
+    """
+    trim_threshold, mmap_max = -1, -4  # the parameters' numbers in malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)

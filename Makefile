@@ -1,0 +1,45 @@
+# make test        install what is missing, then lint, type-check and test
+# make quickstart  the whole job on handwritten digits, on a CPU, in minutes
+# make imagenette  download ten classes of ImageNet, for exp/imagenette/
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MAIN := $(BIN)/python ./calibquant/solver/main_imagenet.py
+TEST := $(BIN)/python ./calibquant/solver/test_imagenet.py
+QUICK := $(BIN)/python ./calibquant/solver/quickstart.py
+
+.PHONY: test lint quickstart imagenette clean
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+quickstart: $(VENV)/.dev
+	$(QUICK) prepare
+	$(MAIN) --config ./exp/quickstart/w4a4.yaml
+	$(TEST) --config ./exp/quickstart/w4a4.yaml \
+		--quantized_model_path "$$($(QUICK) newest ./exp/quickstart/w4a4.yaml)"
+	$(MAIN) --config ./exp/quickstart/w2a4.yaml
+	$(TEST) --config ./exp/quickstart/w2a4.yaml \
+		--quantized_model_path "$$($(QUICK) newest ./exp/quickstart/w2a4.yaml)"
+	$(QUICK) table
+
+imagenette: $(VENV)/.run
+	$(BIN)/python ./calibquant/solver/imagenette.py
+
+$(VENV)/.run: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) quickstart .mypy_cache .ruff_cache .pytest_cache .hypothesis

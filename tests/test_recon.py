@@ -1,0 +1,160 @@
+"""Reconstruction: what it promises of errors, of carried activations, of schedules and of leftovers."""
+
+import math
+
+import pytest
+import torch
+
+from calibquant.model.quant_layer import harden, layers
+from calibquant.quantization.fake_quant import AdaRoundFakeQuantize, FixedFakeQuantize, IntegerWeight
+from calibquant.quantization.state import full_precision, quantizers
+from calibquant.solver.pipeline import recon_settings
+from calibquant.solver.recon import (
+    Activations,
+    ReconSettings,
+    batch_order,
+    cosine,
+    reconstruct,
+    reconstruction_loss,
+    regularizer_exponent,
+)
+from tests.small import calibrated_model, small_config
+
+IMAGES = torch.randn(13, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+def run(**changes):
+    config = small_config(quant__w_qconfig__bit=2, **changes)
+    model = calibrated_model(config, IMAGES)
+    results = list(reconstruct(model, IMAGES, recon_settings(config), seed=7))
+    return model, results
+
+
+def test_reconstruction_lowers_the_error_of_every_unit():
+    _, results = run(quant__recon__iters=200, quant__recon__weight=1e-3)
+    assert [r.name for r in results][:3] == ["stem", "layer1.0", "layer1.1"]
+    assert results[-1].name == "classifier"
+    for result in results[1:]:
+        assert result.error_after < result.error_before, result
+
+
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+@pytest.mark.parametrize("quantizer", ["AdaRoundFakeQuantize", "LSQFakeQuantize", "LSQPlusFakeQuantize"])
+def test_nothing_learned_is_left_afterwards(granularity, quantizer):
+    model, _ = run(quant__recon__granularity=granularity, quant__w_qconfig__quantizer=quantizer)
+    harden(model)
+    assert all(isinstance(layer.weight_quantizer, IntegerWeight) for _, layer in layers(model))
+    assert all(type(q) is FixedFakeQuantize for _, q in quantizers(model))
+    assert not list(model.parameters())
+    assert not any("logits" in key or "floor" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+def test_activations_carried_from_unit_to_unit_are_those_of_the_whole_network(granularity):
+    config = small_config(quant__recon__granularity=granularity)
+    model = calibrated_model(config, IMAGES)
+    with torch.no_grad(), full_precision(model):
+        float_logits = model(IMAGES)
+    kept = {}
+    write = Activations.write
+
+    def spy(self, unit, quantized, full, still_read):
+        kept["last"] = quantized, full
+        write(self, unit, quantized, full, still_read)
+        assert set(self.full) == still_read
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Activations, "write", spy)
+        list(reconstruct(model, IMAGES, recon_settings(config), seed=1))
+    quantized, full = kept["last"]
+    torch.testing.assert_close(full, float_logits, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(quantized, model(IMAGES), atol=1e-5, rtol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_network_bit_for_bit_and_another_seed_another():
+    first, _ = run(quant__recon__iters=30)
+    torch.manual_seed(99)  # the global generator must not matter
+    second, _ = run(quant__recon__iters=30)
+    for (name, a), (_, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    config = small_config(quant__w_qconfig__bit=2, quant__recon__iters=30)
+    other = calibrated_model(config, IMAGES)
+    list(reconstruct(other, IMAGES, recon_settings(config), seed=8))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+
+
+def test_zero_steps_or_nearest_rounding_with_fixed_steps_change_only_the_representation():
+    config = small_config(quant__recon__iters=0)
+    model = calibrated_model(config, IMAGES)
+    with torch.no_grad():
+        before = model(IMAGES)
+        list(reconstruct(model, IMAGES, recon_settings(config), seed=1))
+        assert torch.equal(model(IMAGES), before)
+    nearest = small_config(
+        quant__recon__round_mode="nearest", quant__a_qconfig__quantizer="FixedFakeQuantize"
+    )
+    model = calibrated_model(nearest, IMAGES)
+    results = list(reconstruct(model, IMAGES, recon_settings(nearest), seed=1))
+    with torch.no_grad():
+        assert torch.equal(model(IMAGES), before)
+    assert all(r.rounded_away == 0 and r.error_after == pytest.approx(r.error_before) for r in results)
+
+
+def test_convergence_and_flips_are_reported():
+    _, short = run(quant__recon__iters=4)
+    _, long = run(quant__recon__iters=300, quant__recon__weight=1.0, quant__recon__round_lr=0.05)
+    assert all(r.unconverged > 0.5 for r in short)
+    assert all(r.unconverged < 0.1 for r in long)
+    assert any(r.rounded_away > 0 for r in long)
+    assert long[0].trace[0].step == 0 and long[0].trace[-1].step == 299
+    assert long[0].trace[0].rounding == 0 and long[0].trace[-1].rounding > 0
+
+
+def test_soft_rounding_at_the_start_reproduces_the_float_weight_inside_the_range():
+    config = small_config(quant__w_qconfig__observer="MinMaxObserver")
+    model = calibrated_model(config, IMAGES)
+    for _, layer in layers(model):
+        quantizer = layer.weight_quantizer
+        assert isinstance(quantizer, AdaRoundFakeQuantize)
+        quantizer.start_rounding(layer.weight)
+        scale, _ = quantizer.hard_qparams(layer.weight.ndim)
+        difference = (quantizer(layer.weight) - layer.weight).abs() / scale
+        # a min-max range with a rounded zero-point may clip half a step at its ends
+        assert float(difference.max()) < 0.51 and float(difference.median()) < 1e-4
+
+
+def test_every_image_is_drawn_equally_often_and_the_tail_is_used():
+    order = batch_order(13, 4, 26, torch.Generator().manual_seed(0))
+    assert order.shape == (26, 4)
+    assert torch.bincount(order.flatten()).tolist() == [8] * 13
+    assert batch_order(3, 32, 5, torch.Generator()).shape == (5, 3)
+
+
+def test_schedules_are_functions_of_the_step():
+    settings = ReconSettings(iters=100, warm_up=0.2, b_range=(20, 2))
+    assert regularizer_exponent(19, settings) is None
+    assert regularizer_exponent(20, settings) == 20
+    assert regularizer_exponent(60, settings) == pytest.approx(11)
+    assert regularizer_exponent(99, settings) == pytest.approx(2.225)
+    assert regularizer_exponent(99, ReconSettings(iters=100, warm_up=1.0)) is None
+    assert cosine(0, 10) == 1 and cosine(5, 10) == pytest.approx(0.5) and cosine(10, 10) == pytest.approx(0)
+
+
+def test_the_loss_is_the_squared_error_summed_over_channels_and_averaged_over_the_rest():
+    a, b = torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3)
+    expected = (a - b).pow(2).sum(1).mean()
+    assert math.isclose(float(reconstruction_loss(a, b)), float(expected), rel_tol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("keep_gpu", [True, False])
+def test_on_a_gpu_the_same_job_runs_with_caches_there_or_in_host_memory(keep_gpu):
+    config = small_config(quant__w_qconfig__bit=2, quant__recon__iters=50, quant__recon__keep_gpu=keep_gpu)
+    model = calibrated_model(config, IMAGES).cuda()
+    results = list(reconstruct(model, IMAGES, recon_settings(config), seed=7))
+    assert sum(r.error_after for r in results) < sum(r.error_before for r in results)
