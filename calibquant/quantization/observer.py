@@ -49,9 +49,9 @@ class Histogram:
             self._double(narrow)
         per_bin = 1.0 / self.width.clamp(min=torch.finfo(torch.float32).tiny)
         for row, values in enumerate(rows):
-            values = values[values != 0]
-            bins = torch.floor(values * per_bin[row]).to(torch.int64).add_(half)
+            bins = (values * per_bin[row]).floor_().to(torch.int32).add_(half)
             self.counts[row] += torch.bincount(bins.clamp_(0, self.bins - 1), minlength=self.bins)
+            self.counts[row, half] -= (values == 0).sum()
 
     def _double(self, which: Tensor) -> None:
         """Merge neighbouring bins of the given rows: exact, since bin 2k and 2k+1 become bin k."""

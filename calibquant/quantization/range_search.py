@@ -9,8 +9,9 @@ thousand bins stands for billions of activations.
 A *row* is what gets one scale: a whole tensor or one channel. Tensors here are ``[rows, n]``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -184,13 +185,27 @@ def _by_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Search rows in chunks, in bounded memory.
 
-    On a CPU a chunk stays in a core's cache and below the size at which torch splits an operation over
-    threads; the chunks are spread over as many threads instead, which then never wait for each other.
+    On a CPU a chunk stays in a core's cache, and threads take whole chunks: threads that share each
+    small operation spend their time waiting for one another.
     """
     on_cpu = samples.values.device.type == "cpu"
     rows, n = samples.values.shape
-    step = max(1, (2**15 if on_cpu else 2**24) // max(1, n))
+    step = max(1, (2**17 if on_cpu else 2**24) // max(1, n))
     chunks = [samples.row_slice(slice(i, i + step)) for i in range(0, rows, step)]
-    with ThreadPoolExecutor(torch.get_num_threads() if on_cpu else 1) as pool:
-        found = list(pool.map(search, chunks))
+    if on_cpu and len(chunks) > 1:
+        with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
+            found = list(pool.map(search, chunks))
+    else:
+        found = [search(chunk) for chunk in chunks]
     return torch.cat([low for low, _ in found]), torch.cat([high for _, high in found])
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[int]:
+    """Inside, an operation runs on one thread; gives the number of threads there were."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
