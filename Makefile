@@ -19,6 +19,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# threads gain nothing on images so small, and lose a lot on a busy machine
+quickstart: export OMP_NUM_THREADS = 1
 quickstart: $(VENV)/.dev
 	$(QUICK) prepare
 	$(MAIN) --config ./exp/quickstart/w4a4.yaml

@@ -154,7 +154,7 @@ def _edit(path, change):
     lambda c: c["layers"]["stem.conv1"]["zero_point"].fill_(999),
     lambda c: c["layers"]["stem.conv1"].update(bias=torch.zeros(1)),
     lambda c: c["layers"]["stem.conv1"].update(bits=4),
-    lambda c: c["activations"].pop("stem.conv1.output_quantizer"),
+    lambda c: c["activations"].pop("stem.output_quantizer"),
     lambda c: c["activations"].update(extra={}),
     lambda c: c["config"]["model"]["kwargs"].update(num_classes=100_000),
     lambda c: c["config"]["model"].update(type="resnet50"),

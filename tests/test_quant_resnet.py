@@ -135,7 +135,21 @@ def test_a_branchs_last_convolution_its_projection_and_the_logits_stay_unquantiz
     bare = [name for name, layer in layers(model) if isinstance(layer.output_quantizer, nn.Identity)]
     projected = [0, 2, 3, 4] if bottleneck else [2, 3, 4]
     expected = {f"blocks.{i}.join.last" for i in range(5)} | {f"blocks.{i}.shortcut" for i in projected}
-    assert set(bare) == expected | {"classifier.fc"}
+    # the stem's quantizer comes after its pooling
+    assert set(bare) == expected | {"classifier.fc", "stem.conv1"}
+
+
+def test_quantizing_after_the_stems_pooling_equals_pooling_quantized_values():
+    architecture = Architecture(False, (1, 1, 1, 1))
+    model = QuantResNet(ResNet(architecture, num_classes=10, base_width=8).eval(), spec())
+    calibrate_weights(model)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with calibrating(model):
+        model(x)
+    stem = model.stem
+    with torch.no_grad():
+        pooled_last = stem.maxpool(stem.output_quantizer(stem.conv1(x)))
+        assert torch.equal(stem(x), pooled_last)
 
 
 @BOTH_BLOCKS
@@ -153,7 +167,7 @@ def test_exactly_the_named_ends_have_8_bits(ends):
     model = QuantResNet(float_model(bottleneck=True), spec(ends=ends))
     names = {
         End.STEM_WEIGHT: "stem.conv1.weight_quantizer",
-        End.STEM_OUTPUT: "stem.conv1.output_quantizer",
+        End.STEM_OUTPUT: "stem.output_quantizer",
         End.CLASSIFIER_INPUT: "blocks.4.join.output_quantizer",
         End.CLASSIFIER_WEIGHT: "classifier.fc.weight_quantizer",
     }

@@ -55,17 +55,20 @@ class Unit:
 
 
 class QuantStem(nn.Module):
-    """First convolution, ReLU, quantizer and pooling."""
+    """First convolution, ReLU, pooling and quantizer.
+
+    Quantizing after the pooling gives the same values as before it, since rounding keeps order, and
+    dropping then leaves a mix of quantized and float values, not the larger of the two.
+    """
 
     def __init__(self, model: ResNet, spec: QuantSpec) -> None:
         super().__init__()
-        self.conv1 = QuantConv2d(
-            model.conv1, model.bn1, spec.weight_quantizer(), spec.activation_quantizer(), relu=True
-        )
+        self.conv1 = QuantConv2d(model.conv1, model.bn1, spec.weight_quantizer(), relu=True)
         self.maxpool = model.maxpool
+        self.output_quantizer = spec.activation_quantizer()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.maxpool(self.conv1(x))
+        out: Tensor = self.output_quantizer(self.maxpool(self.conv1(x)))
         return out
 
 
@@ -143,7 +146,7 @@ class QuantResNet(nn.Module):
         assert isinstance(last_block, QuantResidualBlock)
         quantizer = {
             End.STEM_WEIGHT: self.stem.conv1.weight_quantizer,
-            End.STEM_OUTPUT: self.stem.conv1.output_quantizer,
+            End.STEM_OUTPUT: self.stem.output_quantizer,
             End.CLASSIFIER_INPUT: last_block.join.output_quantizer,
             End.CLASSIFIER_WEIGHT: self.classifier.fc.weight_quantizer,
         }[end]

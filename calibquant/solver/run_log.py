@@ -9,15 +9,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import easydict
-import numpy
-import scipy
 import torch
-import torchvision
-import yaml
 from easydict import EasyDict
 
 import calibquant
@@ -32,9 +28,9 @@ logger = logging.getLogger("calibquant")
 def versions() -> dict[str, str]:
     """Versions of everything that could change a result."""
     found = {"calibquant": calibquant.__version__, "python": platform.python_version()}
-    for module in (torch, torchvision, numpy, scipy, yaml):
-        found[module.__name__] = str(module.__version__)  # torch has a type of its own
-    return found | {"easydict": getattr(easydict, "__version__", "unknown")}
+    for package in ("torch", "torchvision", "numpy", "scipy", "PyYAML", "easydict"):
+        found[package] = version(package)
+    return found | {"torch": str(torch.__version__)}  # with its build, such as +cu130
 
 
 class RunLog:
