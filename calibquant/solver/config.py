@@ -233,6 +233,12 @@ KEYS: list[Key] = [
     ),
     Key("data.skip_unreadable", False, BOOLEAN, "skip and count unreadable images instead of stopping"),
     Key("process.seed", 1005, integer(0, 2**32 - 1), "seed of every random draw"),
+    Key(
+        "process.deterministic",
+        False,
+        BOOLEAN,
+        "on CUDA, the same result bit for bit each time; a CPU always gives it",
+    ),
 ]
 
 

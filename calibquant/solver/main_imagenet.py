@@ -15,9 +15,9 @@ if __package__ in (None, ""):  # run as a file: the package is two folders up
 
 import torch
 from easydict import EasyDict
+from torch import nn
 from tqdm import tqdm
 
-from calibquant.model.quant_layer import harden
 from calibquant.model.quant_resnet import QuantResNet
 from calibquant.solver.checkpoint import save_checkpoint
 from calibquant.solver.config import load_config
@@ -30,13 +30,14 @@ from calibquant.solver.imagenet_util import (
 )
 from calibquant.solver.pipeline import (
     calibrate,
+    fix_randomness,
     float_model,
     parameters_in_float32_mb,
     quantize_model,
     recon_settings,
-    seed_everything,
 )
 from calibquant.solver.recon import reconstruct
+from calibquant.solver.resume import RunState, identity, run_state
 from calibquant.solver.run_log import RunLog, start_run, versions
 from calibquant.solver.script import choose_device, run_script
 
@@ -46,61 +47,61 @@ logger = logging.getLogger("calibquant")
 def main() -> None:
     args = parse_arguments()
     config = load_config(args.config)
-    with start_run("train_log", config) as run:
-        quantize(config, choose_device(args.device), run)
+    with run_state(args.config, args.fresh) as state, start_run("train_log", config) as run:
+        try:
+            quantize(config, choose_device(args.device), run, state)
+        except KeyboardInterrupt:
+            logger.info("interrupted; finished units are kept, the same command continues with them")
+            raise
 
 
-def quantize(config: EasyDict, device: torch.device, run: RunLog) -> Path:
+def quantize(config: EasyDict, device: torch.device, run: RunLog, state: RunState) -> Path:
     """The whole job; returns the saved file's path."""
-    seed_everything(config.process.seed)
-    skip = config.data.skip_unreadable
+    fix_randomness(config.process.seed, config.process.deterministic)
     with run.stage("load"):
-        model = float_model(config).to(device)
+        model = float_model(config)
         validation = validation_loader(config)
         calibration = load_calibration(config)
+        state.require_same(identity(config, model, calibration.sha256, device))
+        model.to(device)
     run.record(calibration=calibration.manifest())
     logger.info("calibration: %d images, sha256 %s", len(calibration.files), calibration.sha256)
 
-    with run.stage("evaluate_float"):
-        score = evaluate(model, validation, device, skip)
-    report(run, "float", "float", score)
+    def score(key: str, words: str, network: nn.Module) -> None:
+        with run.stage(f"evaluate_{key}"):
+            kept = state.score(key)
+            skip = config.data.skip_unreadable
+            found = Score(**kept) if kept else evaluate(network, validation, device, skip)
+        state.keep_score(key, found.as_dict())
+        logger.info("%s:%s (%d images, %d skipped)", words, found, found.images, found.skipped)
+        run.record(**{key: found.as_dict()})
 
+    score("float", "float", model)
     with run.stage("calibrate"):
         quantized = quantize_model(model, config)
         calibrate(quantized, calibration.images, config.data.batch_size)
-    with run.stage("evaluate_range_only"):
-        score = evaluate(quantized, validation, device, skip)
-    report(run, "range_only", "ranges only", score)
+    score("range_only", "ranges only", quantized)
 
     with run.stage("reconstruct"):
-        reconstruct_and_report(quantized, calibration, config, run)
-        harden(quantized)
+        reconstruct_and_report(quantized, calibration, config, run, state)
 
     with run.stage("save"):
         path = save_checkpoint(quantized, config, story(config, calibration))
     size, full = path.stat().st_size / 1e6, parameters_in_float32_mb(model)
     logger.info("saved %s: %.2f MB (float32: %.2f MB)", path, size, full)
     run.record(checkpoint=str(path), checkpoint_mb=size, float32_mb=full)
-
-    with run.stage("evaluate_quantized"):
-        score = evaluate(quantized, validation, device, skip)
-    report(run, "quantized", "quantized", score)
+    score("quantized", "quantized", quantized)
+    state.forget()
     return path
 
 
-def report(run: RunLog, key: str, words: str, score: Score) -> None:
-    """Log an accuracy and put it into the metrics."""
-    logger.info("%s:%s (%d images, %d skipped)", words, score, score.images, score.skipped)
-    run.record(**{key: score.as_dict()})
-
-
 def reconstruct_and_report(
-    model: QuantResNet, calibration: Calibration, config: EasyDict, run: RunLog
+    model: QuantResNet, calibration: Calibration, config: EasyDict, run: RunLog, state: RunState
 ) -> None:
     """Reconstruct unit by unit, logging each and keeping the metrics up to date."""
-    settings = recon_settings(config)
+    settings, seed = recon_settings(config), config.process.seed
     results = []
-    for result in reconstruct(model, calibration.images, settings, config.process.seed, progress_bar):
+    for result in reconstruct(model, calibration.images, settings, seed, progress_bar, state):
         logger.info(
             "unit %-12s error %.5g -> %.5g, %.1f s, %.2f %% rounded away, %.2f %% unconverged",
             result.name,
@@ -110,6 +111,8 @@ def reconstruct_and_report(
             100 * result.rounded_away,
             100 * result.unconverged,
         )
+        if result.reverted:
+            logger.warning("unit %s: learning made it no better, kept as calibrated", result.name)
         results.append(asdict(result))
         run.record(units=results)
 
@@ -133,6 +136,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file, see exp/")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
+    parser.add_argument("--fresh", action="store_true", help="start anew, whatever an unfinished run left")
     return parser.parse_args()
 
 

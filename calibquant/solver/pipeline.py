@@ -4,6 +4,7 @@ Here, and only here, config, model, quantization and data meet; the scripts call
 """
 
 import logging
+import os
 import random
 
 import numpy as np
@@ -23,11 +24,19 @@ from calibquant.solver.recon import ReconSettings
 logger = logging.getLogger("calibquant")
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the global generators; the parts that draw numbers have generators of their own."""
+def fix_randomness(seed: int, deterministic: bool) -> None:
+    """Seed the global generators; the parts that draw numbers have generators of their own.
+
+    Args:
+        deterministic: on CUDA, only algorithms that give the same bits each time. A CPU always does.
+    """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
 
 
 def float_model(config: EasyDict) -> ResNet:

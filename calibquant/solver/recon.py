@@ -6,6 +6,7 @@ QDrop, Wei et al. 2022). Activations of all calibration images are carried from 
 network is never re-run. No I/O happens here.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -64,6 +65,7 @@ class UnitResult:
             calibrated ranges and nearest rounding, and hardened.
         unconverged: share of weights whose soft rounding was not yet near 0 or 1 at the end.
         rounded_away: share of weights that did not go to their nearest grid point.
+        reverted: learning made the unit worse or diverged, so that it was kept as calibrated.
     """
 
     name: str
@@ -72,6 +74,7 @@ class UnitResult:
     seconds: float = 0.0
     unconverged: float = 0.0
     rounded_away: float = 0.0
+    reverted: bool = False
     trace: list[TracePoint] = field(default_factory=list)
 
 
@@ -82,6 +85,17 @@ Progress = Callable[[str, int], Iterable[int]]
 def plain_steps(name: str, iters: int) -> Iterable[int]:
     """Steps without any display."""
     return range(iters)
+
+
+class Memory:
+    """What outlives a killed run: this one keeps nothing; see ``resume.py`` for one on disk."""
+
+    def recall(self, unit: Unit) -> UnitResult | None:
+        """Put a unit that was finished earlier into its final state, if there is one."""
+        return None
+
+    def remember(self, unit: Unit, result: UnitResult) -> None:
+        """Keep a unit that has just been finished."""
 
 
 class Activations:
@@ -108,14 +122,17 @@ def reconstruct(
     settings: ReconSettings,
     seed: int,
     progress: Progress = plain_steps,
+    memory: Memory | None = None,
 ) -> Iterator[UnitResult]:
     """Reconstruct and harden every unit of a calibrated model in place, yielding after each.
 
     Args:
         model: quantized network with calibrated ranges, on the device to work on.
         images: calibration images ``[N, 3, H, W]``, normalised, on any device.
-        seed: of the batches' order and of dropping.
+        seed: of the batches' order and of dropping; each unit's draws depend on it and its place alone.
+        memory: units finished by an earlier run are recalled from it instead of learned again.
     """
+    memory = memory or Memory()
     device = next(model.buffers()).device
     store = device if settings.keep_gpu else torch.device("cpu")
     activations = Activations(images.to(store))
@@ -125,18 +142,47 @@ def reconstruct(
         quantized, full = activations.read(unit)
         with full_precision(unit.module):
             target = run_batched(unit.module, full, settings.batch_size, device)
-        result = UnitResult(unit.name, unit_error(unit.module, quantized, target, settings, device))
-        generator = torch.Generator(device).manual_seed(seed * 10_007 + index)
-        learn_unit(unit, quantized, full, target, settings, generator, result, progress)
-        result.rounded_away = rounded_away(unit.module)
-        harden(unit.module)
+        result = memory.recall(unit)
+        if result is None:
+            result = UnitResult(unit.name, unit_error(unit.module, quantized, target, settings, device))
+            generator = torch.Generator(device).manual_seed(seed * 10_007 + index)
+            reconstruct_unit(unit, quantized, full, target, settings, generator, result, progress)
+            result.seconds = time.perf_counter() - started
+            memory.remember(unit, result)
         output = run_batched(unit.module, quantized, settings.batch_size, device)
-        result.error_after = output_error(output, target, settings.batch_size)
         still_read = _names_read_before_written(units[index + 1 :])
         activations.write(unit, output, target, still_read)
         del quantized, full, target, output
-        result.seconds = time.perf_counter() - started
         yield result
+
+
+def reconstruct_unit(
+    unit: Unit,
+    quantized: list[Tensor],
+    full: list[Tensor],
+    target: Tensor,
+    settings: ReconSettings,
+    generator: torch.Generator,
+    result: UnitResult,
+    progress: Progress,
+) -> None:
+    """Learn and harden one unit; where that is no better than its calibrated state, harden that."""
+    calibrated = copy.deepcopy(unit.module)
+    learn_unit(unit, quantized, full, target, settings, generator, result, progress)
+    result.error_after = math.inf
+    if learned_is_finite(unit.module):
+        result.rounded_away = rounded_away(unit.module)
+        harden(unit.module)
+        result.error_after = unit_error(unit.module, quantized, target, settings, generator.device)
+    if not result.error_after <= result.error_before:  # NaN is worse, too
+        vars(unit.module).update(vars(calibrated))  # all of the module's state, taken back
+        harden(unit.module)
+        result.error_after, result.rounded_away, result.reverted = result.error_before, 0.0, True
+
+
+def learned_is_finite(module: nn.Module) -> bool:
+    """Whether everything learned in a module is a number: step sizes, zero-points, rounding logits."""
+    return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
 
 
 def _names_read_before_written(units: list[Unit]) -> set[str]:
@@ -172,13 +218,6 @@ def unit_error(
         out = module(*(x[rows].to(device, non_blocking=True) for x in inputs))
         total += float(reconstruction_loss(out, target[rows].to(device))) * len(out)
     return total / len(target)
-
-
-@torch.no_grad()
-def output_error(output: Tensor, target: Tensor, batch: int) -> float:
-    """Error of a stored output on all images."""
-    parts = zip(output.split(batch), target.split(batch), strict=True)
-    return sum(float(reconstruction_loss(o, t)) * len(o) for o, t in parts) / len(output)
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -257,6 +296,8 @@ def learn_unit(
                 optimizer.param_groups[-1]["lr"] = settings.scale_lr * cosine(step, steps)
             optimizer.step()
             if step % max(1, steps // TRACE_POINTS) == 0 or step == steps - 1:
+                if not math.isfinite(float(error.detach())):
+                    break  # diverged: the unit's error will show it
                 curve.append(
                     (step, error.detach(), error.new_zeros(()) if penalty is None else penalty.detach())
                 )

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -20,6 +21,7 @@ def one_line(error: BaseException) -> str:
 
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's main and exit: 0, or 2 with one line for a user's mistake, or 130 for Ctrl-C."""
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         main()
     except UserError as error:
@@ -29,6 +31,11 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    """End on SIGTERM, which schedulers send, as on Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def choose_device(wanted: str | None) -> torch.device:

@@ -1,0 +1,200 @@
+"""A run's finished units on disk, so that the same command continues where a killed run stopped.
+
+After each unit its hardened state is written (whole, synced, then renamed). What is carried from unit to
+unit is not: running the finished units again gives it back, bit for bit on the same machine. A state
+belongs to a config file; what it was made from is kept with it, and a difference is refused.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from easydict import EasyDict
+from torch import nn
+
+import calibquant
+from calibquant.errors import UserError
+from calibquant.model.load import safe_load
+from calibquant.model.quant_layer import harden
+from calibquant.model.quant_resnet import Unit
+from calibquant.solver.checkpoint import checksum
+from calibquant.solver.config import plain
+from calibquant.solver.files import write_atomically, write_json
+from calibquant.solver.recon import Memory, TracePoint, UnitResult
+from calibquant.solver.run_log import versions
+
+logger = logging.getLogger("calibquant")
+
+STATE_ROOT = Path("train_log") / "unfinished"
+HARMLESS = ("data.num_workers", "data.pin_memory")
+"""Keys that change how a result is computed, but not the result."""
+
+
+def identity(
+    config: EasyDict, model: nn.Module, calibration_sha256: str, device: torch.device
+) -> dict[str, str]:
+    """Everything that a run's result depends on, by name."""
+    settings = {f"config {k}": json.dumps(v) for k, v in _flat(plain(config)) if k not in HARMLESS}
+    on_gpu = device.type == "cuda"
+    return settings | {
+        "float weights": checksum(dict(model.state_dict())),
+        "calibration set": calibration_sha256,
+        "code": _code_hash(),
+        "versions": json.dumps(versions()),
+        "device": torch.cuda.get_device_name(device)
+        if on_gpu
+        else f"cpu, {torch.get_num_threads()} threads",
+    }
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _code_hash() -> str:
+    """Hash of the package's sources."""
+    root = Path(calibquant.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+class RunState(Memory):
+    """Finished units and scores of one config's unfinished run, in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def require_same(self, now: dict[str, str]) -> None:
+        """Begin with this identity, or go on only if it is the one the state was made with.
+
+        Raises:
+            UserError: naming what changed.
+        """
+        path = self.folder / "identity.json"
+        if not path.exists():
+            write_json(path, now)
+            return
+        before = _read_json(path)
+        changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+        if changed:
+            shown = "; ".join(_difference(key, before.get(key), now.get(key)) for key in changed[:3])
+            raise UserError(
+                f"an unfinished run of this config was made from something else: {shown}"
+                f"{' and more' if len(changed) > 3 else ''}; change it back, or start anew with --fresh"
+            )
+        done = len(list(self.folder.glob("unit_*.pth")))
+        logger.info("continuing an unfinished run: %d units are done (%s)", done, self.folder)
+
+    def score(self, key: str) -> dict[str, Any] | None:
+        """An accuracy that the unfinished run had already measured."""
+        path = self.folder / f"score_{key}.json"
+        return _read_json(path) if path.exists() else None
+
+    def keep_score(self, key: str, score: dict[str, Any]) -> None:
+        write_json(self.folder / f"score_{key}.json", score)
+
+    def recall(self, unit: Unit) -> UnitResult | None:
+        """Put a finished unit into its final state.
+
+        Raises:
+            UserError: its file is damaged.
+        """
+        path = self._path(unit)
+        if not path.exists():
+            return None
+        content = safe_load(path, "state of an unfinished run")
+        try:
+            if checksum(content) != content["checksum"]:
+                raise ValueError("its checksum does not match")
+            harden(unit.module)
+            unit.module.load_state_dict(content["state"])
+            result = content["result"]
+            trace = [TracePoint(**point) for point in result.pop("trace")]
+            return UnitResult(**result, trace=trace)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"state of an unfinished run {path}: damaged ({error}); start anew with --fresh"
+            ) from error
+
+    def remember(self, unit: Unit, result: UnitResult) -> None:
+        """Write a finished unit; afterwards it survives anything.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        state = {key: value.cpu() for key, value in unit.module.state_dict().items()}
+        content: dict[str, Any] = {"state": state, "result": asdict(result)}
+        content["checksum"] = checksum(content)
+        write_atomically(self._path(unit), lambda file: torch.save(content, file))
+
+    def _path(self, unit: Unit) -> Path:
+        return self.folder / f"unit_{unit.name}.pth"
+
+    def forget(self) -> None:
+        """The run is finished: its state goes."""
+        for path in self.folder.iterdir():
+            if path.name != "lock":
+                path.unlink()
+
+
+@contextmanager
+def run_state(config_path: str, fresh: bool, root: Path = STATE_ROOT) -> Iterator[RunState]:
+    """The state of a config file's unfinished run, held by this process alone.
+
+    Args:
+        fresh: throw an unfinished run's state away.
+
+    Raises:
+        UserError: another process is running this config, or the folder cannot be made.
+    """
+    key = hashlib.sha256(str(Path(config_path).resolve()).encode()).hexdigest()[:12]
+    folder = root / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {error.strerror or error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"config {config_path}: another run of it is in progress ({folder})") from None
+        state = RunState(folder)
+        if fresh:
+            state.forget()
+        try:
+            yield state
+        finally:
+            if not any(folder.glob("unit_*")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"state of an unfinished run {path}: damaged ({error}); start anew with --fresh"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"state of an unfinished run {path}: damaged; start anew with --fresh")
+    return content
+
+
+def _difference(key: str, before: str | None, now: str | None) -> str:
+    readable = key.startswith("config ") or key == "device"
+    return f"{key} was {before}, is {now}" if readable else f"the {key} changed"

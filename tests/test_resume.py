@@ -1,0 +1,214 @@
+"""A run that is killed goes on where it stopped and ends with the same file, bit for bit."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from calibquant.errors import UserError
+from calibquant.quantization.fake_quant import FixedFakeQuantize, IntegerWeight
+from calibquant.solver import recon
+from calibquant.solver.pipeline import recon_settings
+from calibquant.solver.recon import reconstruct
+from calibquant.solver.resume import RunState, run_state
+from tests.figures import record
+from tests.small import calibrated_model, small_config
+from tests.test_end_to_end import ROOT, place, script, write_config
+
+__all__ = ["place"]
+
+IMAGES = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+KILLS = 20
+
+
+def checkpoints(folder: Path, name: str) -> list[Path]:
+    return sorted((folder / "model_quantized" / f"resnet18_{name}_w2_a4").glob("*.pth"))
+
+
+def test_runs_killed_at_random_moments_end_with_the_file_of_an_uninterrupted_one(place):
+    changes = {"data__type": "killed", "quant__recon__iters": 25, "quant__recon__drop_prob": 0.5}
+    config = write_config(place, **changes)
+    whole = script("main_imagenet", "--config", str(config), cwd=place)
+    assert whole.returncode == 0, whole.stderr
+    (expected,) = (path.read_bytes() for path in checkpoints(place, "killed"))
+    (place / "model_quantized/resnet18_killed_w2_a4").joinpath(
+        checkpoints(place, "killed")[0].name
+    ).unlink()
+
+    draw, kills, resumed = random.Random(11), 0, 0
+    command = [sys.executable, str(ROOT / "calibquant/solver/main_imagenet.py"), "--config", str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    while kills < KILLS:
+        process = subprocess.Popen(
+            command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        for line in process.stdout:  # past the imports, which take most of a small run's time
+            if line.startswith("calibration: "):
+                break
+        time.sleep(draw.uniform(0, 1.2))
+        process.send_signal(signal.SIGKILL)
+        out, _ = process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        resumed += "continuing an unfinished run" in out
+    done = script("main_imagenet", "--config", str(config), cwd=place)
+    assert done.returncode == 0, done.stderr
+    files = checkpoints(place, "killed")
+    assert files and all(path.read_bytes() == expected for path in files)
+    assert not list(place.rglob("*.tmp"))
+    assert not [path for path in (place / "train_log/unfinished").rglob("*") if path.is_file()]
+    record(f"kills survived: {kills} (SIGKILL at random moments), final files bit-identical: {len(files)}")
+
+
+def finish_some_units(folder: Path, count: int, **changes):
+    """The state that a run leaves when it dies after ``count`` units."""
+    config = small_config(quant__recon__iters=8, **changes)
+    model, state = calibrated_model(config, IMAGES), RunState(folder)
+    units = reconstruct(model, IMAGES, recon_settings(config), 7, memory=state)
+    return config, [next(units) for _ in range(count)]
+
+
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+def test_recalled_units_give_the_network_of_an_uninterrupted_run(tmp_path, granularity):
+    tmp_path.joinpath("a").mkdir()
+    config, before = finish_some_units(tmp_path / "a", 4, quant__recon__granularity=granularity)
+    settings = recon_settings(config)
+    resumed, whole = calibrated_model(config, IMAGES), calibrated_model(config, IMAGES)
+    results = list(reconstruct(resumed, IMAGES, settings, 7, memory=RunState(tmp_path / "a")))
+    list(reconstruct(whole, IMAGES, settings, 7))
+    assert results[:4] == before
+    for (name, a), (_, b) in zip(resumed.state_dict().items(), whole.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_damaged_state_is_refused_in_one_line(tmp_path):
+    config, _ = finish_some_units(tmp_path, 2)
+    path = tmp_path / "unit_layer1.0.pth"
+    content = path.read_bytes()
+    bias = torch.load(path, weights_only=True)["state"]["join.last.bias"].numpy().tobytes()
+    for broken in (content[:100], content.replace(bias, bias[::-1])):
+        assert broken != content
+        path.write_bytes(broken)
+        model = calibrated_model(config, IMAGES)
+        with pytest.raises(UserError, match="state of an unfinished run"):
+            list(reconstruct(model, IMAGES, recon_settings(config), 7, memory=RunState(tmp_path)))
+
+
+def test_what_changed_since_the_run_died_is_named_and_fresh_starts_anew(tmp_path):
+    with run_state("config.yaml", False, tmp_path) as state:
+        state.require_same({"config quant.recon.iters": "10", "calibration set": "abc", "code": "1"})
+        (state.folder / "unit_stem.pth").write_bytes(b"")
+    now = {"config quant.recon.iters": "20", "calibration set": "def", "code": "1"}
+    with (
+        run_state("config.yaml", False, tmp_path) as state,
+        pytest.raises(
+            UserError, match=r"the calibration set changed; config quant\.recon\.iters was 10, is 20"
+        ),
+    ):
+        state.require_same(now)
+    with run_state("config.yaml", True, tmp_path) as state:
+        state.require_same(now)
+        assert [path.name for path in state.folder.glob("unit_*")] == []
+
+
+def test_two_runs_of_one_config_at_once_do_not_meet(tmp_path):
+    with (
+        run_state("a.yaml", False, tmp_path),
+        pytest.raises(UserError, match="another run of it is in progress"),
+        run_state("a.yaml", False, tmp_path),
+    ):
+        pass
+    with run_state("a.yaml", False, tmp_path), run_state("b.yaml", False, tmp_path):
+        pass
+
+
+def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(place):
+    config = write_config(place, data__type="interrupted", quant__recon__iters=2000)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "calibquant/solver/main_imagenet.py"), "--config", str(config)],
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("unit stem"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.strip() == "interrupted"
+    assert "finished units are kept, the same command continues" in out
+    changed = yaml.safe_load(config.read_text())
+    changed["quant"]["recon"]["iters"] = 5
+    config.write_text(yaml.safe_dump(changed))
+    refused = script("main_imagenet", "--config", str(config), cwd=place)
+    assert refused.returncode == 2 and "quant.recon.iters was 2000, is 5" in refused.stderr
+    fresh = script("main_imagenet", "--config", str(config), "--fresh", cwd=place)
+    assert fresh.returncode == 0, fresh.stderr
+
+
+def test_a_unit_that_learning_would_make_worse_is_kept_as_calibrated_and_reported():
+    config = small_config(quant__recon__iters=6, quant__recon__scale_lr=50.0)
+    model = calibrated_model(config, IMAGES)
+    scale = model.stem.output_quantizer.scale.clone()
+    results = list(reconstruct(model, IMAGES, recon_settings(config), seed=1))
+    assert any(result.reverted for result in results)
+    assert all(result.error_after <= result.error_before for result in results)
+    if results[0].reverted:
+        assert torch.equal(model.stem.output_quantizer.scale, scale)
+
+
+@pytest.mark.parametrize("quantizer", ["AdaRoundFakeQuantize", "LSQFakeQuantize"])
+def test_a_loss_that_is_no_number_ends_the_unit_not_the_run(monkeypatch, quantizer):
+    honest = recon.reconstruction_loss
+
+    def poisoned(output, target):
+        loss = honest(output, target)
+        return loss * math.nan if loss.requires_grad else loss
+
+    monkeypatch.setattr(recon, "reconstruction_loss", poisoned)
+    config = small_config(quant__recon__iters=6, quant__w_qconfig__quantizer=quantizer)
+    model = calibrated_model(config, IMAGES)
+    with torch.no_grad():
+        before = model(IMAGES)
+    results = list(reconstruct(model, IMAGES, recon_settings(config), seed=1))
+    assert all(result.reverted for result in results)
+    with torch.no_grad():
+        assert torch.equal(model(IMAGES), before)
+    for module in model.modules():
+        assert not hasattr(module, "weight_quantizer") or isinstance(module.weight_quantizer, IntegerWeight)
+    assert type(model.stem.output_quantizer) is FixedFakeQuantize
+
+
+def test_metrics_of_a_resumed_run_are_complete(place):
+    """The units of both halves, and the accuracies measured before the kill."""
+    config = write_config(place, data__type="halves", quant__recon__iters=300)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "calibquant/solver/main_imagenet.py"), "--config", str(config)],
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("unit layer1.0"):
+            break
+    process.kill()
+    process.communicate()
+    done = script("main_imagenet", "--config", str(config), cwd=place)
+    assert done.returncode == 0 and "continuing an unfinished run: " in done.stdout, done.stderr
+    newest = max((place / "train_log/resnet18_halves_w2_a4").glob("*/metrics.json"))
+    metrics = json.loads(newest.read_text())
+    assert len(metrics["units"]) == 10 and {"float", "range_only", "quantized"} <= metrics.keys()
