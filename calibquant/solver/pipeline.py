@@ -17,8 +17,9 @@ from calibquant.model.load import build_model, load_weights
 from calibquant.model.quant_layer import calibrate_weights
 from calibquant.model.quant_resnet import End, QuantResNet, QuantSpec
 from calibquant.model.resnet import ResNet
+from calibquant.quantization.affine import SCALE_EPS
 from calibquant.quantization.fake_quant import QuantizerConfig
-from calibquant.quantization.state import calibrating
+from calibquant.quantization.state import calibrating, quantizers
 from calibquant.solver.recon import ReconSettings
 
 logger = logging.getLogger("calibquant")
@@ -83,6 +84,15 @@ def calibrate(model: QuantResNet, images: Tensor, batch_size: int) -> None:
                 model(batch.to(device, non_blocking=True))
     except ValueError as error:
         raise UserError(f"calibration: {error}") from error
+    report_dead_channels(model)
+
+
+def report_dead_channels(model: QuantResNet) -> None:
+    """Name the weights and activations that were zero throughout: their scale is only a floor."""
+    for name, quantizer in quantizers(model):
+        dead = int((quantizer.scale <= SCALE_EPS).sum())
+        if dead:
+            logger.warning("%s: %d of %d channels are zero throughout", name, dead, quantizer.scale.numel())
 
 
 def recon_settings(config: EasyDict) -> ReconSettings:

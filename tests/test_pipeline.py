@@ -1,0 +1,41 @@
+"""Calibration as a whole: what it refuses, and what it reports."""
+
+import logging
+
+import pytest
+import torch
+
+from calibquant.errors import UserError
+from calibquant.solver.pipeline import calibrate, quantize_model
+from tests.small import random_float_model, small_config
+
+IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+def test_a_dead_channel_and_a_dead_activation_are_named_and_harm_nothing(caplog):
+    config = small_config()
+    model = random_float_model(config)
+    model.layer1[0].conv1.weight.data[1] = 0
+    model.layer2[0].bn1.weight.data.zero_()
+    model.layer2[0].bn1.bias.data.fill_(-1)
+    quantized = quantize_model(model, config)
+    with caplog.at_level(logging.WARNING, "calibquant"):
+        calibrate(quantized, IMAGES, 2)
+    assert "blocks.0.branch.conv1.weight_quantizer: 1 of 4 channels are zero throughout" in caplog.text
+    assert "blocks.2.branch.conv1.output_quantizer: 1 of 1 channels" in caplog.text
+    with torch.no_grad():
+        assert torch.isfinite(quantized(IMAGES)).all()
+
+
+@pytest.mark.parametrize("where", ["weight", "images"])
+def test_numbers_that_are_none_are_refused_where_they_arise(where):
+    config = small_config()
+    quantized = quantize_model(random_float_model(config), config)
+    images = IMAGES.clone()
+    if where == "weight":
+        quantized.classifier.fc.weight[3, 3] = torch.inf
+    else:
+        images[4, 0, 0, 0] = torch.nan
+    named = "classifier.fc" if where == "weight" else "stem.output_quantizer"
+    with pytest.raises(UserError, match=rf"calibration: {named}: .* holds NaN or infinity"):
+        calibrate(quantized, images, 2)
