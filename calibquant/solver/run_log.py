@@ -79,13 +79,14 @@ def start_run(root: str, config: EasyDict) -> Iterator[RunLog]:
         raise UserError(f"log folder {folder}: cannot be made: {error.strerror or error}") from error
     to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     to_terminal = logging.StreamHandler(sys.stdout)
-    logger.setLevel(logging.INFO)
+    to_terminal.setLevel(logging.INFO)  # config and versions are for the file
+    logger.setLevel(logging.DEBUG)
     for handler in (to_file, to_terminal):
         logger.addHandler(handler)
     try:
         logger.info("log: %s", folder / "calibquant.log")
-        logger.info("config: %s", plain(config))
-        logger.info("versions: %s", versions())
+        logger.debug("config: %s", plain(config))
+        logger.debug("versions: %s", versions())
         yield RunLog(folder, config)
     except BaseException as error:
         to_file.handle(

@@ -29,7 +29,8 @@ def main() -> None:
         device = choose_device(args.device)
         model, saved, metadata = load_checkpoint(path)
         require_agreement(config, saved, path)
-        logger.info("quantized model %s, made with %s", path, metadata)
+        logger.info("quantized model %s", path)
+        logger.debug("made with %s", metadata)
         validation = validation_loader(config)
         with run.stage("evaluate_quantized"):
             score = evaluate(model.to(device), validation, device, config.data.skip_unreadable)
