@@ -1,6 +1,8 @@
 """Float networks by name, and their weights from a file or from torchvision."""
 
+import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from calibquant.errors import UserError
+from calibquant.errors import UserError, printable
+from calibquant.model.archive import check_zip, is_plain_tensor, is_zip
 from calibquant.model.resnet import ARCHITECTURES, ResNet
 from calibquant.paths import expand
 
@@ -38,12 +41,18 @@ def load_weights(model: ResNet, type: str, path: str | None) -> None:
     if missing or unexpected:
         raise UserError(f"{name}: does not fit {type}: {_differences(missing, unexpected)}")
     for key, value in state.items():
+        if not is_plain_tensor(value):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{name}: {key} is {kind} ({value.layout}, {value.device}), with parts missing or shared, "
+                "allowed are dense floating-point weights"
+            )
         if value.shape != own[key].shape:
             raise UserError(
                 f"{name}: does not fit {type}: {key} is {list(value.shape)}, "
                 f"allowed is {list(own[key].shape)}"
             )
-        if value.is_floating_point() != own[key].is_floating_point() or value.layout != torch.strided:
+        if value.is_floating_point() != own[key].is_floating_point():
             raise UserError(
                 f"{name}: {key} is {str(value.dtype).removeprefix('torch.')} ({value.layout}), "
                 "allowed are dense floating-point weights"
@@ -59,7 +68,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file cannot be read, holds more than tensors, or is no state dict.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113 - unlike Path's, false for a name that is too long
         raise UserError(f"model.path {path}: no such file")
     content = safe_load(path, "model.path")
     for wrapper in ("state_dict", "model"):
@@ -70,17 +79,24 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(f"model.path {path}: {key!r:.60} is no named tensor")
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    state = {key.removeprefix("module."): value for key, value in content.items()}
+    if len(state) != len(content):
+        raise UserError(f"model.path {path}: a name stands twice, with and without `module.`")
+    return state
 
 
 def safe_load(path: Path, what: str) -> Any:
     """``torch.load`` of tensors and plain values only; whatever goes wrong is one line.
 
     Raises:
-        UserError: truncated, foreign, or a pickle that wants to run code.
+        UserError: truncated, damaged, foreign, or a pickle that wants to run code.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if is_zip(path):
+            check_zip(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old formats
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{what} {path}: refused: not a file of tensors alone "
@@ -88,7 +104,9 @@ def safe_load(path: Path, what: str) -> Any:
         ) from error
     except Exception as error:  # torch's readers raise almost anything on foreign bytes
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{what} {path}: cannot be read, truncated or foreign: {reason[0]:.120}") from error
+        raise UserError(
+            f"{what} {path}: cannot be read, truncated, damaged or foreign: {printable(reason[0], 120)}"
+        ) from error
 
 
 def _download(type: str) -> dict[str, Tensor]:
@@ -106,7 +124,7 @@ def _download(type: str) -> dict[str, Tensor]:
 
 def _differences(missing: list[str], unexpected: list[str]) -> str:
     parts = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        f"{len(names)} {what} ({printable(', '.join(names[:3]), 200)}{', ...' if len(names) > 3 else ''})"
         for what, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]

@@ -1,12 +1,13 @@
 """The saved quantized network: integers packed at their bit-width, qparams, biases and its own story.
 
 A file is a dict of tensors and plain values, so ``torch.load(weights_only=True)`` reads it and nothing
-in it can run. Shapes and grids are checked against the network that its config describes before
-anything is allocated, and a checksum covers the content.
+in it can run. Before that its container is checked (:mod:`archive`), afterwards its shapes and grids
+against the network that its config describes, before anything is allocated. A checksum covers the content.
 """
 
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 
-from calibquant.errors import UserError
+from calibquant.errors import UserError, printable
+from calibquant.model.archive import check_content, check_pickles, check_zip, is_zip
 from calibquant.model.load import safe_load
 from calibquant.model.quant_layer import QuantLayer, layers
 from calibquant.model.quant_resnet import QuantResNet
@@ -121,9 +123,9 @@ def find_checkpoint(name: str, config: EasyDict, root: Path = MODEL_ROOT) -> Pat
         UserError: there is no such file in either place.
     """
     given, inside = Path(name), root / config_name(config) / name
-    if given.is_file():
+    if os.path.isfile(given):  # noqa: PTH113 - unlike Path's, false for a name that is too long
         return given
-    if given.name == name and inside.is_file():
+    if given.name == name and os.path.isfile(inside):  # noqa: PTH113
         return inside
     raise UserError(f"--quantized_model_path {name}: no such file, neither as a path nor as {inside}")
 
@@ -138,11 +140,7 @@ def load_checkpoint(path: Path) -> tuple[QuantResNet, EasyDict, dict[str, Any]]:
         UserError: the file is truncated, foreign, damaged, of another version, or not what it claims.
     """
     where = f"quantized model {path}"
-    content = safe_load(path, "quantized model")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{where}: is no CalibQuant file")
-    if content.get("version") != VERSION:
-        raise UserError(f"{where}: has format version {content.get('version')!r:.20}, allowed is {VERSION}")
+    content = _read(path, where)
     try:
         if checksum(content) != content.get("checksum"):
             raise UserError(f"{where}: its content does not match its checksum, the file is damaged")
@@ -151,9 +149,41 @@ def load_checkpoint(path: Path) -> tuple[QuantResNet, EasyDict, dict[str, Any]]:
         _fill(model, content["layers"], layers(model), _fill_layer)
         _fill(model, content["activations"], quantizers(model), _fill_activation)
         metadata = dict(content["metadata"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{where}: is not what it claims to be: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever a wrong kind of value, at any place, makes the code above raise
+        raise UserError(f"{where}: is not what it claims to be: {printable(str(error), 200)}") from error
     return model.eval(), config, metadata
+
+
+def _read(path: Path, where: str) -> dict[str, Any]:
+    """A file's content: plain values and tensors, no larger than the file, of this format and version.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        if not is_zip(path):
+            raise ValueError("it is no zip")
+        check_zip(path)
+        check_pickles(path)
+    except Exception as error:  # zipfile and pickletools raise almost anything on foreign bytes
+        reason = printable(str(error), 150) or type(error).__name__
+        raise UserError(f"{where}: refused, truncated, damaged or foreign: {reason}") from error
+    content = safe_load(path, "quantized model")
+    if type(content) is not dict or content.get("format") != FORMAT:
+        raise UserError(f"{where}: is no CalibQuant file")
+    version = content.get("version")
+    if type(version) is not int or version != VERSION:
+        if type(version) is not int or abs(version) > 10**9:
+            raise UserError(f"{where}: has a format version that is no version, allowed is {VERSION}")
+        age = "newer" if version > VERSION else "older"
+        raise UserError(f"{where}: has format version {version}, allowed is {VERSION}; it is {age}")
+    try:
+        check_content(content, 2 * path.stat().st_size)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: is not what it claims to be: {error}") from error
+    return content
 
 
 def _fill(
@@ -174,12 +204,15 @@ def _fill_layer(parent: nn.Module, name: str, layer: QuantLayer, saved: dict[str
     assert isinstance(expected, FakeQuantize)
     if tuple(saved["shape"]) != tuple(layer.weight.shape) or saved["bits"] != expected.bits:
         raise ValueError(f"{name}: shape {saved['shape']} at {saved['bits']} bits is not the network's")
-    scale, zero_point = _checked_qparams(name, saved, expected, layer.weight.shape)
+    count = 1 if expected.ch_axis == -1 else layer.weight.shape[expected.ch_axis]
+    scale, zero_point = _checked_qparams(name, saved, expected, count)
     codes = unpack_bits(saved["weight"], expected.bits, layer.weight.numel()).view(layer.weight.shape)
     bias = saved["bias"]
-    if bias.shape != layer.bias.shape or not bool(torch.isfinite(bias).all()):
-        raise ValueError(f"{name}: bias of shape {list(bias.shape)} with NaN or of a wrong shape")
-    layer.bias = bias.float()
+    if bias.dtype != torch.float32 or bias.shape != layer.bias.shape:
+        raise ValueError(f"{name}: bias is {list(bias.shape)} of {bias.dtype}, not what the network has")
+    if not bool(torch.isfinite(bias).all()):
+        raise ValueError(f"{name}: bias holds NaN or infinity")
+    layer.bias = bias
     layer.set_integer_weight(
         IntegerWeight(codes, scale, zero_point, expected.bits, expected.symmetric, expected.ch_axis)
     )
@@ -191,17 +224,20 @@ def _fill_activation(parent: nn.Module, name: str, expected: FakeQuantize, saved
     fixed = FixedFakeQuantize(
         expected.bits, expected.symmetric, expected.ch_axis, expected.observer_type, expected.role
     )
-    fixed.scale, fixed.zero_point = _checked_qparams(name, saved, expected, None)
+    channels = layers(parent)[0][1].bias.shape  # of the layer whose output this quantizes
+    count = 1 if expected.ch_axis == -1 else channels[0]
+    fixed.scale, fixed.zero_point = _checked_qparams(name, saved, expected, count)
     setattr(parent, name.rpartition(".")[2], fixed)
 
 
 def _checked_qparams(
-    name: str, saved: dict[str, Any], quantizer: FakeQuantize, shape: torch.Size | None
+    name: str, saved: dict[str, Any], quantizer: FakeQuantize, count: int
 ) -> tuple[Tensor, Tensor]:
-    scale, zero_point = saved["scale"].float(), saved["zero_point"].float()
+    if saved["scale"].dtype != torch.float32 or saved["zero_point"].dtype != torch.int16:
+        raise ValueError(f"{name}: scales and zero-points are not float32 and int16")
+    scale, zero_point = saved["scale"], saved["zero_point"].float()
     low, high = quant_bounds(quantizer.bits, quantizer.symmetric)
-    count = 1 if quantizer.ch_axis == -1 else None if shape is None else shape[quantizer.ch_axis]
-    if scale.ndim != 1 or scale.shape != zero_point.shape or count not in (None, scale.numel()):
+    if scale.shape != (count,) or zero_point.shape != (count,):
         raise ValueError(f"{name}: {scale.numel()} scales, allowed are {count}")
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ValueError(f"{name}: a scale is not above zero")

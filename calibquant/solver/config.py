@@ -7,6 +7,8 @@ truth: the check, the defaults and the README's reference all come from it.
 import difflib
 import math
 import re
+import reprlib
+import unicodedata
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import yaml
 from easydict import EasyDict
 
-from calibquant.errors import UserError
+from calibquant.errors import UserError, printable
 from calibquant.model.quant_resnet import End
 from calibquant.model.resnet import ARCHITECTURES
 from calibquant.quantization.fake_quant import QUANTIZERS
@@ -81,9 +83,15 @@ def choice(*values: Any) -> Kind:
     return Kind("one of " + ", ".join(str(v) for v in values), convert)
 
 
+_UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode categories that no name holds: control characters, halves of pairs, separators of lines."""
+
+
 def text(pattern: str = r"(?s).+", allowed: str = "a text") -> Kind:
     def convert(value: Any) -> str:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value) or "\0" in value:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError
+        if any(unicodedata.category(c) in _UNWRITABLE for c in value):
             raise ValueError
         return value
 
@@ -242,8 +250,35 @@ KEYS: list[Key] = [
 ]
 
 
+_MAX_BYTES = 65_536
+"""Of a config file; the longest of this repository has 3,000."""
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error instead of a silent choice."""
+    """YAML in which a key that stands twice is an error instead of a silent choice.
+
+    Aliases and merges are bounded: a few nested ones would otherwise stand for billions of nodes. So is
+    the depth, in which the reader's time is quadratic.
+    """
+
+    MAX_ALIASES, MAX_MERGED, MAX_DEPTH = 100, 1000, 30
+    aliases, depth = 0, 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.aliases > self.MAX_ALIASES:
+            raise yaml.YAMLError(f"more than {self.MAX_ALIASES} aliases")
+        self.depth += 1
+        if self.depth > self.MAX_DEPTH:
+            raise yaml.YAMLError(f"nested deeper than {self.MAX_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > self.MAX_MERGED:
+            raise yaml.YAMLError(f"more than {self.MAX_MERGED} merged keys")
 
 
 def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -268,17 +303,21 @@ def load_config(path: str | Path) -> EasyDict:
     """Read and check a YAML config; afterwards every key of :data:`KEYS` exists and has its type.
 
     Raises:
-        UserError: the file is missing or no YAML, or :func:`check_config` refuses it.
+        UserError: the file is missing, too long or no YAML, or :func:`check_config` refuses it.
     """
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise UserError(f"config {path}: is longer than {_MAX_BYTES} bytes, the most that is allowed")
+        written = content.decode("utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"config {path}: cannot be read: {reason}") from error
     try:
-        raw = yaml.load(content, Loader=_StrictLoader)
+        raw = yaml.load(written, Loader=_StrictLoader)
     except Exception as error:  # `!!int ""` or a deep nesting raise more than YAMLError
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = printable(str(error), 200) or type(error).__name__
         raise UserError(f"config {path}: is no valid YAML: {reason}") from error
     return check_config(raw, f"config {path}")
 
@@ -294,7 +333,7 @@ def check_config(raw: Any, where: str = "config") -> EasyDict:
     for path, value in _flatten(raw, where):
         if path not in known:
             name = path if path.isprintable() else ascii(path)
-            raise UserError(f"{where}: unknown key {name:.80}; {_suggestion(path)}")
+            raise UserError(f"{where}: unknown key {name:.80}; {_suggestion(path[:80])}")
         if path in given:
             raise UserError(f"{where}: the key {path} stands twice, nested and dotted")
         given[path] = value
@@ -319,10 +358,14 @@ def check_config(raw: Any, where: str = "config") -> EasyDict:
     return checked
 
 
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 3, 70, 70, 70
+
+
 def _shown(value: Any) -> str:
-    """A value on one line of at most 80 characters."""
+    """A value on one line of at most 80 characters, however large what it stands for is."""
     try:
-        written = repr(value)
+        written = _BRIEF.repr(value)
     except ValueError:  # an integer of more than 4300 digits
         written = f"a huge {type(value).__name__}"
     return written if len(written) <= 80 else written[:77] + "..."
@@ -347,7 +390,7 @@ def _flatten(raw: Any, where: str, prefix: str = "") -> list[tuple[str, Any]]:
         raise UserError(f"{where}: {name} is {_shown(raw)}, allowed is a mapping of keys to values")
     flat: list[tuple[str, Any]] = []
     for key, value in raw.items():
-        path = f"{prefix}{key}"
+        path = f"{prefix}{key if isinstance(key, str) else _shown(key)}"
         if path in sections:
             flat += [] if value is None else _flatten(value, where, path + ".")
         else:
@@ -355,8 +398,35 @@ def _flatten(raw: Any, where: str, prefix: str = "") -> list[tuple[str, Any]]:
     return flat
 
 
+LONGEST = {
+    "model.path": 1000,
+    "data.type": 64,
+    "data.path": 1000,
+    "data.calibration": 1000,
+    "data.classes": 1000,
+}
+"""Characters of texts; the data's type is part of a folder's name."""
+SMALLEST_STD = 1e-6
+"""Below, normalised images would leave the range of float32."""
+
+
 def _check_combinations(config: EasyDict, where: str) -> None:
-    data, recon = config.data, config.quant.recon
+    data, recon, kwargs = config.data, config.quant.recon, config.model.kwargs
+    for key, longest in LONGEST.items():
+        section, name = key.split(".")
+        value = config[section][name]
+        if value is not None and len(value) > longest:
+            raise UserError(f"{where}: {key} has {len(value)} characters, allowed are at most {longest}")
+    narrowest = -(-64 // ARCHITECTURES[config.model.type].width_per_group)
+    if kwargs.base_width < narrowest:
+        raise UserError(
+            f"{where}: model.kwargs.base_width is {kwargs.base_width}, allowed is at least {narrowest} "
+            f"for {config.model.type}"
+        )
+    if min(data.std) < SMALLEST_STD:
+        raise UserError(
+            f"{where}: data.std is {_shown(data.std)}, allowed are numbers of at least {SMALLEST_STD:g}"
+        )
     if data.input_size > data.test_resize:
         raise UserError(
             f"{where}: data.input_size is {data.input_size}, allowed is at most "

@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside their place, synced, then moved there."""
 
+import errno
 import json
 import os
 import secrets
@@ -21,27 +22,64 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], overwrite: b
         False where the file existed and ``overwrite`` is false.
 
     Raises:
-        UserError: the file cannot be written (folder read-only, disk full).
+        UserError: the file cannot be written (folder read-only, a file in a folder's place, disk full).
     """
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with temporary.open("xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            return _put_in_place(temporary, path, overwrite)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        # torch.save hides a full disk behind a RuntimeError of its own
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"{path}: cannot be written: {cause.strerror or cause}") from error
+
+
+def _put_in_place(temporary: Path, path: Path, overwrite: bool) -> bool:
+    """Give a finished file its name; False where that is taken and ``overwrite`` is false."""
+    try:
         if overwrite:
             temporary.replace(path)
         else:
-            os.link(temporary, path)  # fails where the name is taken, unlike a rename
-        _sync_folder(path.parent)
+            _link(temporary, path)
     except FileExistsError:
         return False
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
     return True
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, or move it there; unlike a rename, fails where the name is taken."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        target.touch(exist_ok=False)  # a file system without links, such as exFAT
+        source.replace(target)
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder and try to write into it, so that hours of work do not end in a refusal.
+
+    Raises:
+        UserError: the folder cannot be made or takes no file.
+    """
+    trial = folder / f".{secrets.token_hex(8)}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,18 +1,22 @@
 """Data and evaluation: ImageFolder trees, classes by wnid, calibration images, top-1 and top-5.
 
-Images are decoded by Pillow and transformed by torchvision. An unreadable image never raises inside a
-loader: it travels as its name and the reason, so that whoever reads the batch can name it.
+Images are decoded by Pillow and transformed by torchvision, one that moves by its first frame and one of
+16 bits by its upper 8. EXIF orientation is ignored, as everywhere with ImageNet. An unreadable image never
+raises inside a loader: it travels as its name and the reason, so that whoever reads the batch can name it.
 """
 
 import hashlib
 import logging
 import os
+import stat
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from easydict import EasyDict
 from PIL import Image
@@ -22,13 +26,20 @@ from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from calibquant.errors import UserError
+from calibquant.errors import UserError, printable
 from calibquant.paths import expand
 
 logger = logging.getLogger("calibquant")
 
 Sample = tuple[Path, int]
 """An image file and its class index, -1 where its class does not matter."""
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded, whatever a file's name says. Pillow knows more; it hands EPS to Ghostscript."""
+MAX_RESIZED_PIXELS = 2**27
+"""Of an image after resizing its shorter side: one of a single row would become gigabytes."""
+MAX_CLASSES_BYTES = 2**24
+"""Of the file that lists class folders."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +107,11 @@ def class_names(data: EasyDict) -> list[str]:
         return imagenet_wnids()
     if data.classes == "folders":
         return [folder.name for folder in subfolders(expand(data.path) / "val", "val folder")]
+    path = expand(data.classes)
     try:
-        lines = expand(data.classes).read_text(encoding="utf-8").splitlines()
+        if not path.is_file() or path.stat().st_size > MAX_CLASSES_BYTES:
+            raise ValueError
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(
             f"data.classes {data.classes}: cannot be read; allowed are imagenet, folders or "
@@ -141,11 +155,12 @@ def list_samples(folder: Path, classes: list[str], what: str) -> list[Sample]:
                 f"{what} {folder}: class folder {class_folder.name} is none of the {len(classes)} classes "
                 f"({classes[0]}, {classes[1] if len(classes) > 1 else ''} ...); see data.classes"
             )
-        files_inside = sorted(path for path in class_folder.rglob("*") if not path.is_dir())
+        inside = sorted(class_folder.rglob("*"))
+        files_inside = [path for path in inside if is_image(path) or not path.is_dir()]
         samples += [(path, index[class_folder.name]) for path in files_inside if is_image(path)]
         for path in files_inside:
             if not is_image(path):
-                logger.warning("%s: ignored, its name is not an image's", path)
+                logger.warning("%s: ignored, its name is not an image's", printable(str(path)))
     samples += [(path, -1) for path in sorted(folder.iterdir()) if is_image(path) and not path.is_dir()]
     if not samples:
         raise UserError(f"{what} {folder}: holds no image ({', '.join(IMG_EXTENSIONS)})")
@@ -154,7 +169,7 @@ def list_samples(folder: Path, classes: list[str], what: str) -> list[Sample]:
 
 def evaluation_transform(data: EasyDict) -> Callable[[Image.Image], Tensor]:
     """Resize the shorter side, crop the centre, normalise: torchvision's usual evaluation."""
-    steps = [transforms.Resize(data.test_resize), transforms.CenterCrop(data.input_size)]
+    steps = [ResizeShorter(data.test_resize), transforms.CenterCrop(data.input_size)]
     return _compose([*steps, *_to_normalized(data)])
 
 
@@ -164,6 +179,21 @@ def crop_flip_transform(data: EasyDict) -> Callable[[Image.Image], Tensor]:
     return _compose([*steps, *_to_normalized(data)])
 
 
+class ResizeShorter(transforms.Resize):  # type: ignore[misc]
+    """Torchvision's resizing of the shorter side, but for images so long that it would fill the memory.
+
+    Raises:
+        ValueError: the resized image would have more than 2^27 pixels.
+    """
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        pixels = self.size**2 * max(image.size) / min(image.size)
+        if pixels > MAX_RESIZED_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are too long to be resized")
+        resized: Image.Image = super().forward(image)
+        return resized
+
+
 def _compose(steps: list[nn.Module]) -> Callable[[Image.Image], Tensor]:
     composed: Callable[[Image.Image], Tensor] = transforms.Compose(steps)
     return composed
@@ -171,6 +201,31 @@ def _compose(steps: list[nn.Module]) -> Callable[[Image.Image], Tensor]:
 
 def _to_normalized(data: EasyDict) -> list[nn.Module]:
     return [transforms.ToTensor(), transforms.Normalize(data.mean, data.std)]
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image, or the first frame of several, as 8-bit RGB.
+
+    Raises:
+        Exception: whatever Pillow raises on a damaged file; also for more pixels than Pillow deems safe
+            (about 89 million), for what is no regular file, and for pixels whose range is unknown.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is no regular file")  # a pipe would be waited for without end
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's about metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=FORMATS) as image:
+            return _to_rgb(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        pixels = np.asarray(image)  # of 16 bits, which Pillow's own conversion would clip to 8
+        return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("pixels of 32 bits, whose range is unknown")
+    return image.convert("RGB")
 
 
 class ImageDataset(Dataset[tuple[Tensor | Unreadable, int]]):
@@ -189,11 +244,13 @@ class ImageDataset(Dataset[tuple[Tensor | Unreadable, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor | Unreadable, int]:
         path, target = self.samples[index]
         try:
-            with Image.open(path) as image, torch.random.fork_rng(devices=[]):
+            image = read_image(path)
+            with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(self.seed * 1_000_003 + index)
-                return self.transform(image.convert("RGB")), target
+                return self.transform(image), target
         except Exception as error:  # a decoder may raise anything on foreign bytes
-            return Unreadable(path, " ".join(str(error).split()) or type(error).__name__), target
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            return Unreadable(path, printable(reason, 300)), target
 
 
 def collate(items: list[tuple[Tensor | Unreadable, int]]) -> Batch:
@@ -275,7 +332,8 @@ def load_calibration(config: EasyDict) -> Calibration:
 def _content_hash(paths: list[Path], names: list[str]) -> str:
     digest = hashlib.sha256()
     for path, name in zip(paths, names, strict=True):
-        digest.update(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {name}\n".encode())
+        contents = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(os.fsencode(f"{contents}  {name}\n"))  # a name need not be UTF-8
     return digest.hexdigest()
 
 
@@ -291,7 +349,7 @@ def report_unreadable(batch: Batch, skip: bool) -> list[Unreadable]:
                 f"image {item.path}: cannot be read ({item.reason}); "
                 "remove it or set data.skip_unreadable: true"
             )
-        logger.warning("image %s: cannot be read (%s), skipped", item.path, item.reason)
+        logger.warning("image %s: cannot be read (%s), skipped", printable(str(item.path)), item.reason)
     return batch.unreadable
 
 

@@ -19,8 +19,9 @@ from torch import nn
 from tqdm import tqdm
 
 from calibquant.model.quant_resnet import QuantResNet
-from calibquant.solver.checkpoint import save_checkpoint
-from calibquant.solver.config import load_config
+from calibquant.solver.checkpoint import MODEL_ROOT, save_checkpoint
+from calibquant.solver.config import config_name, load_config
+from calibquant.solver.files import require_writable
 from calibquant.solver.imagenet_util import (
     Calibration,
     Score,
@@ -58,6 +59,7 @@ def main() -> None:
 def quantize(config: EasyDict, device: torch.device, run: RunLog, state: RunState) -> Path:
     """The whole job; returns the saved file's path."""
     fix_randomness(config.process.seed, config.process.deterministic)
+    require_writable(MODEL_ROOT / config_name(config))
     with run.stage("load"):
         model = float_model(config)
         validation = validation_loader(config)

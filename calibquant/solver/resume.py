@@ -125,7 +125,9 @@ class RunState(Memory):
             result = content["result"]
             trace = [TracePoint(**point) for point in result.pop("trace")]
             return UnitResult(**result, trace=trace)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (
+            Exception
+        ) as error:  # whatever a wrong kind of value, at any place, makes the code above raise
             raise UserError(
                 f"state of an unfinished run {path}: damaged ({error}); start anew with --fresh"
             ) from error

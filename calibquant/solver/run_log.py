@@ -7,7 +7,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -74,7 +74,9 @@ def start_run(root: str, config: EasyDict) -> Iterator[RunLog]:
     folder = Path(root) / config_name(config) / name
     try:
         folder.mkdir(parents=True)
-        to_file = logging.FileHandler(folder / "calibquant.log", encoding="utf-8")
+        to_file = logging.FileHandler(
+            folder / "calibquant.log", encoding="utf-8", errors="backslashreplace"
+        )
     except OSError as error:
         raise UserError(f"log folder {folder}: cannot be made: {error.strerror or error}") from error
     to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -104,7 +106,8 @@ def start_run(root: str, config: EasyDict) -> Iterator[RunLog]:
     finally:
         for handler in (to_file, to_terminal):
             logger.removeHandler(handler)
-        to_file.close()
+        with suppress(OSError):  # on a full disk; what ended the run is the better message
+            to_file.close()
 
 
 def peak_memory() -> dict[str, float]:

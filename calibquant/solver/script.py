@@ -1,6 +1,7 @@
 """What every script shares: how it ends when something is wrong, and which device it runs on."""
 
 import ctypes
+import errno
 import logging
 import signal
 import sys
@@ -9,28 +10,46 @@ from typing import NoReturn
 
 import torch
 
-from calibquant.errors import UserError
+from calibquant.errors import UserError, printable
 
 logger = logging.getLogger("calibquant")
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message on one line."""
-    return " ".join(str(error).split())
+    """An exception's message on one printable line of at most 1000 characters."""
+    return printable(str(error))
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main and exit: 0, or 2 with one line for a user's mistake, or 130 for Ctrl-C."""
+    """Run a script's main and exit: 0, or 2 with one line for what a user can change, or 130 for Ctrl-C."""
     signal.signal(signal.SIGTERM, _interrupt)
+    logging.raiseExceptions = False  # a log that cannot be written prints no traceback of its own
     try:
         main()
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        _stop(one_line(error))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _stop(f"out of memory: {one_line(error)[:300]}; {_SMALLER}")
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        _stop(f"out of memory: {one_line(error)[:300]}; {_SMALLER}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        _stop(f"an output cannot be written: {one_line(error)}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+_SMALLER = "lower data.batch_size, quant.recon.batch_size or quant.calibrate, or unset quant.recon.keep_gpu"
+
+
+def _stop(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

@@ -5,7 +5,6 @@ python ./calibquant/solver/select_calibration.py --train ./imagenet/train
 
 import argparse
 import hashlib
-import io
 import logging
 import os
 import random
@@ -18,12 +17,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the package is two folders up
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from PIL import Image
 from tqdm import tqdm
 
 from calibquant.errors import UserError
 from calibquant.solver.files import write_json
-from calibquant.solver.imagenet_util import imagenet_wnids, is_image, subfolders
+from calibquant.solver.imagenet_util import imagenet_wnids, is_image, read_image, subfolders
 from calibquant.solver.script import one_line, run_script
 
 logger = logging.getLogger("calibquant")
@@ -236,9 +234,8 @@ def hash_readable(path: Path) -> str:
     try:
         if not path.is_file():
             raise ValueError("a broken link, or no regular file")
+        read_image(path)
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            image.convert("RGB")
     except Exception as error:  # a decoder may raise anything on foreign bytes
         raise ValueError(one_line(error) or type(error).__name__) from error
     return hashlib.sha256(content).hexdigest()
