@@ -136,7 +136,7 @@ def test_a_folder_that_takes_files_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_taken_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_links(*_: object) -> None:
+    def no_links(*_: object, **__: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
     def write(path: Path) -> bool:

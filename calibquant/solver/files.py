@@ -28,10 +28,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], overwrite: b
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
+            if not _write_unnamed(temporary, write):
+                with temporary.open("xb") as file:
+                    _write_synced(file, write)
             return _put_in_place(temporary, path, overwrite)
         finally:
             temporary.unlink(missing_ok=True)
@@ -41,6 +40,33 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], overwrite: b
         if not isinstance(cause, OSError):
             raise
         raise UserError(f"{path}: cannot be written: {cause.strerror or cause}") from error
+
+
+def _write_synced(file: BinaryIO, write: Callable[[BinaryIO], None]) -> None:
+    write(file)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _write_unnamed(path: Path, write: Callable[[BinaryIO], None]) -> bool:
+    """Write a file that gets its name only when it is complete, so that a kill leaves nothing behind.
+
+    Returns:
+        False where the system or the file system knows no unnamed files, and nothing was written.
+    """
+    if not hasattr(os, "O_TMPFILE"):
+        return False
+    try:
+        handle = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o666)
+    except OSError:
+        return False
+    with os.fdopen(handle, "w+b") as file:
+        _write_synced(file, write)
+        try:  # src_dir_fd makes os.link follow the link in /proc, see open(2)
+            os.link(f"/proc/self/fd/{handle}", path, src_dir_fd=handle)
+        except OSError:
+            return False
+    return True
 
 
 def _put_in_place(temporary: Path, path: Path, overwrite: bool) -> bool:
