@@ -18,9 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SOLVER = ROOT / "calibquant" / "solver"
 
 
-def script(name: str, *arguments: str, cwd: Path, as_module: bool = False) -> subprocess.CompletedProcess:
+def script(
+    name: str, *arguments: str, cwd: Path, as_module: bool = False, gpu: bool = False
+) -> subprocess.CompletedProcess:
     target = ["-m", f"calibquant.solver.{name}"] if as_module else [str(SOLVER / f"{name}.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
     if as_module:
         environment["PYTHONPATH"] = str(ROOT)
     return subprocess.run(
@@ -249,3 +251,24 @@ def test_a_greyscale_image_is_read_as_three_channels(place):
     config = write_config(place, data__path=str(root))
     done = script("test", "--config", str(config), cwd=place)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_deterministic_run_gives_the_same_file_twice(place):
+    config = write_config(place, data__type="gpu", process__deterministic=True)
+    for _ in range(2):
+        done = script("main_imagenet", "--config", str(config), "--device", "cuda", cwd=place, gpu=True)
+        assert done.returncode == 0, done.stderr
+    first, second = (place / "model_quantized" / "resnet18_gpu_w2_a4").glob("*.pth")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_two_runs_with_workers_and_random_crops_give_the_same_file(place):
+    changes = {"data__num_workers": 2, "data__augment": "crop_flip", "quant__recon__iters": 3}
+    config = write_config(place, data__type="twice", **changes)
+    for _ in range(2):
+        done = script("main_imagenet", "--config", str(config), cwd=place)
+        assert done.returncode == 0, done.stderr
+    first, second = (place / "model_quantized" / "resnet18_twice_w2_a4").glob("*.pth")
+    assert first.read_bytes() == second.read_bytes()
