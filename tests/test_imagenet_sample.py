@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from calibquant.quantization.observer import MSEFastObserver
 from calibquant.quantization.state import calibrating, full_precision
 from calibquant.solver.config import check_config, load_config, plain
 from calibquant.solver.imagenet_util import load_calibration, validation_loader
 from calibquant.solver.pipeline import calibrate, float_model, quantize_model, recon_settings
-from calibquant.solver.recon import UnitResult, learn_unit, plain_steps, run_batched, unit_error
+from calibquant.solver.recon import UnitData, learn_unit, output_error, plain_steps, run_batched
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = os.environ.get("CALIBQUANT_IMAGENET_SAMPLE")
@@ -85,20 +86,14 @@ def test_reconstructing_a_real_block_at_2_bits_halves_its_error(network):
         x = model.layer3[0](x)
     unit = quantized.units("block")[index]
     for layer in [*unit.module.branch, unit.module.join.last]:
-        layer.weight_quantizer.observer_type = quantized_search()
+        layer.weight_quantizer.observer_type = MSEFastObserver
         layer.calibrate_weight()
     with calibrating(unit.module):
         unit.module(x)
     settings, device = recon_settings(config), torch.device("cpu")
     with full_precision(unit.module):
         target = run_batched(unit.module, [x], 8, device)
-    before = unit_error(unit.module, [x], target, settings, device)
+    before = output_error(run_batched(unit.module, [x], 8, device), target, 8)
     generator = torch.Generator().manual_seed(0)
-    learn_unit(unit, [x], [x], target, settings, generator, UnitResult("", before), plain_steps)
-    assert unit_error(unit.module, [x], target, settings, device) < 0.5 * before
-
-
-def quantized_search():
-    from calibquant.quantization.observer import MSEFastObserver
-
-    return MSEFastObserver
+    learn_unit(unit, UnitData([x], [x], target), settings, generator, plain_steps)
+    assert output_error(run_batched(unit.module, [x], 8, device), target, 8) < 0.5 * before

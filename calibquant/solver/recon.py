@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from calibquant.model.quant_layer import harden, layers
 from calibquant.model.quant_resnet import QuantResNet, Unit
 from calibquant.quantization.affine import rounding_regularizer
-from calibquant.quantization.fake_quant import AdaRoundFakeQuantize, Drop, IntegerWeight
+from calibquant.quantization.fake_quant import AdaRoundFakeQuantize, Drop, FakeQuantize, IntegerWeight
 from calibquant.quantization.state import dropping, full_precision, quantizers
 
 CONVERGED = 0.01
@@ -116,6 +116,20 @@ class Activations:
             del self.quantized[name], self.full[name]
 
 
+@dataclass(frozen=True)
+class UnitData:
+    """What a unit learns from, for all calibration images, ``[N, ...]`` each.
+
+    Attributes:
+        quantized, full: its inputs in the quantized and in the float network.
+        target: the float unit's output.
+    """
+
+    quantized: list[Tensor]
+    full: list[Tensor]
+    target: Tensor
+
+
 def reconstruct(
     model: QuantResNet,
     images: Tensor,
@@ -139,45 +153,63 @@ def reconstruct(
     units = model.units(settings.granularity)
     for index, unit in enumerate(units):
         started = time.perf_counter()
-        quantized, full = activations.read(unit)
-        with full_precision(unit.module):
-            target = run_batched(unit.module, full, settings.batch_size, device)
+        data = unit_data(unit, activations, settings, device)
         result = memory.recall(unit)
         if result is None:
-            result = UnitResult(unit.name, unit_error(unit.module, quantized, target, settings, device))
             generator = torch.Generator(device).manual_seed(seed * 10_007 + index)
-            reconstruct_unit(unit, quantized, full, target, settings, generator, result, progress)
+            result, output = reconstruct_unit(unit, data, settings, generator, progress)
             result.seconds = time.perf_counter() - started
             memory.remember(unit, result)
-        output = run_batched(unit.module, quantized, settings.batch_size, device)
+        else:
+            output = run_batched(unit.module, data.quantized, settings.batch_size, device)
         still_read = _names_read_before_written(units[index + 1 :])
-        activations.write(unit, output, target, still_read)
-        del quantized, full, target, output
+        activations.write(unit, output, data.target, still_read)
+        del data, output
         yield result
+
+
+def unit_data(
+    unit: Unit, activations: Activations, settings: ReconSettings, device: torch.device
+) -> UnitData:
+    """What a unit learns from, given the activations carried so far."""
+    quantized, full = activations.read(unit)
+    with full_precision(unit.module):
+        target = run_batched(unit.module, full, settings.batch_size, device)
+    return UnitData(quantized, full, target)
 
 
 def reconstruct_unit(
     unit: Unit,
-    quantized: list[Tensor],
-    full: list[Tensor],
-    target: Tensor,
+    data: UnitData,
     settings: ReconSettings,
     generator: torch.Generator,
-    result: UnitResult,
     progress: Progress,
-) -> None:
-    """Learn and harden one unit; where that is no better than its calibrated state, harden that."""
+) -> tuple[UnitResult, Tensor]:
+    """Learn and harden one unit; where that is no better than its calibrated state, harden that.
+
+    Returns:
+        What it did, and the hardened unit's output for all images.
+    """
+
+    def output() -> Tensor:
+        return run_batched(unit.module, data.quantized, settings.batch_size, generator.device)
+
+    before = output_error(output(), data.target, settings.batch_size)
     calibrated = copy.deepcopy(unit.module)
-    learn_unit(unit, quantized, full, target, settings, generator, result, progress)
-    result.error_after = math.inf
+    result = UnitResult(unit.name, before, error_after=math.inf)
+    result.trace, result.unconverged = learn_unit(unit, data, settings, generator, progress)
     if learned_is_finite(unit.module):
         result.rounded_away = rounded_away(unit.module)
         harden(unit.module)
-        result.error_after = unit_error(unit.module, quantized, target, settings, generator.device)
-    if not result.error_after <= result.error_before:  # NaN is worse, too
+        hardened = output()
+        result.error_after = output_error(hardened, data.target, settings.batch_size)
+    if not result.error_after <= before:  # NaN is worse, too
         vars(unit.module).update(vars(calibrated))  # all of the module's state, taken back
         harden(unit.module)
-        result.error_after, result.rounded_away, result.reverted = result.error_before, 0.0, True
+        hardened = data.target.new_empty(0)  # lets go of the worse output before the next is made
+        hardened = output()
+        result.error_after, result.rounded_away, result.reverted = before, 0.0, True
+    return result, hardened
 
 
 def learned_is_finite(module: nn.Module) -> bool:
@@ -208,16 +240,10 @@ def run_batched(module: nn.Module, inputs: list[Tensor], batch: int, device: tor
 
 
 @torch.no_grad()
-def unit_error(
-    module: nn.Module, inputs: list[Tensor], target: Tensor, settings: ReconSettings, device: torch.device
-) -> float:
-    """Error of a unit's output on all images, without storing the output."""
-    total = 0.0
-    for start in range(0, len(target), settings.batch_size):
-        rows = slice(start, start + settings.batch_size)
-        out = module(*(x[rows].to(device, non_blocking=True) for x in inputs))
-        total += float(reconstruction_loss(out, target[rows].to(device))) * len(out)
-    return total / len(target)
+def output_error(output: Tensor, target: Tensor, batch: int) -> float:
+    """Error of a unit's output for all images."""
+    parts = zip(output.split(batch), target.split(batch), strict=True)
+    return sum(float(reconstruction_loss(o, t)) * len(o) for o, t in parts) / len(output)
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -262,32 +288,34 @@ def learning(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 def learn_unit(
     unit: Unit,
-    quantized: list[Tensor],
-    full: list[Tensor],
-    target: Tensor,
+    data: UnitData,
     settings: ReconSettings,
     generator: torch.Generator,
-    result: UnitResult,
     progress: Progress,
-) -> None:
-    """Learn a unit's rounding logits, step sizes and zero-points; fill in the result's curve."""
+) -> tuple[list[TracePoint], float]:
+    """Learn a unit's rounding logits, step sizes and zero-points.
+
+    Returns:
+        The losses on the way, and the share of weights whose rounding was undecided at the end.
+    """
     steps = settings.iters
     rounding = start_rounding(unit.module, settings) if steps else []
     logits = [q.logits for q in rounding if q.logits is not None]
     qparams = [p for _, q in quantizers(unit.module) for p in q.learned_qparams()]
     if not steps or not (logits or qparams):
-        return
+        return [], 0.0
     groups = [(logits, settings.round_lr), (qparams, settings.scale_lr)]
     optimizer = torch.optim.Adam([{"params": p, "lr": lr} for p, lr in groups if p], fused=True)
     drop = Drop(settings.drop_prob, generator)
-    order = batch_order(len(target), settings.batch_size, steps, generator).to(target.device)
+    order = batch_order(len(data.target), settings.batch_size, steps, generator).to(data.target.device)
     device = generator.device
     curve: list[tuple[int, Tensor, Tensor]] = []
     with dropping(unit.module, drop), learning(logits + qparams):
         for step in progress(unit.name, steps):
             rows = order[step]
-            inputs = [mixed_input(q, f, rows, drop, device) for q, f in zip(quantized, full, strict=True)]
-            wanted = target[rows].to(device, non_blocking=True)
+            pairs = zip(data.quantized, data.full, strict=True)
+            inputs = [mixed_input(quantized, full, rows, drop, device) for quantized, full in pairs]
+            wanted = data.target[rows].to(device, non_blocking=True)
             error = reconstruction_loss(unit.module(*inputs), wanted)
             penalty = rounding_penalty(rounding, step, settings)
             optimizer.zero_grad(set_to_none=True)
@@ -301,8 +329,7 @@ def learn_unit(
                 curve.append(
                     (step, error.detach(), error.new_zeros(()) if penalty is None else penalty.detach())
                 )
-    result.trace = [TracePoint(step, float(e), float(p)) for step, e, p in curve]
-    result.unconverged = unconverged(rounding)
+    return [TracePoint(step, float(e), float(p)) for step, e, p in curve], unconverged(rounding)
 
 
 def start_rounding(module: nn.Module, settings: ReconSettings) -> list[AdaRoundFakeQuantize]:
@@ -352,11 +379,7 @@ def rounded_away(module: nn.Module) -> float:
     for _, layer in layers(module):
         quantizer = layer.weight_quantizer
         assert not isinstance(quantizer, IntegerWeight)
-        nearest = (
-            super(AdaRoundFakeQuantize, quantizer).codes
-            if isinstance(quantizer, AdaRoundFakeQuantize)
-            else quantizer.codes
-        )
-        moved += int((quantizer.codes(layer.weight) != nearest(layer.weight)).sum())
+        nearest = FakeQuantize.codes(quantizer, layer.weight)
+        moved += int((quantizer.codes(layer.weight) != nearest).sum())
         total += layer.weight.numel()
     return moved / total
