@@ -4,6 +4,7 @@ Written so that dataflow is explicit: a block lists its convolution-batch-norm p
 which they run, and both the float forward here and the quantized network follow that list.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -48,16 +49,16 @@ ARCHITECTURES = {
 }
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(nn.Module, ABC):
     """A branch of convolutions added to a shortcut, then a ReLU."""
 
     expansion: int
     """Output channels over planes."""
     downsample: nn.Sequential | None
 
+    @abstractmethod
     def branch(self) -> list[tuple[str, ConvBN]]:
         """Named convolution-batch-norm pairs of the branch, in dataflow order."""
-        raise NotImplementedError
 
     def shortcut(self) -> ConvBN | None:
         """The projection on the shortcut, or None where it is the identity."""

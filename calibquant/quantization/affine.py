@@ -12,6 +12,9 @@ from torch import Tensor
 SCALE_EPS = torch.finfo(torch.float32).eps
 """Smallest scale: below it ``1 / scale`` leaves float32's comfortable range."""
 
+PER_TENSOR = -1
+"""The value of `ch_axis` that means one range for the whole tensor, as in the published configs."""
+
 ZETA, GAMMA = 1.1, -0.1
 """Stretch of the rectified sigmoid (Louizos et al. 2018; AdaRound, Nagel et al. 2020, eq. 23)."""
 
@@ -52,9 +55,26 @@ def choose_qparams_affine(
     return scale, zero_point
 
 
+def broadcastable(qparam: Tensor, ndim: int, ch_axis: int) -> Tensor:
+    """A qparam of shape ``[C]`` or ``[1]``, shaped to broadcast over a tensor of ``ndim`` axes.
+
+    ``ch_axis`` is the axis of the channels, -1 where the tensor has one qparam.
+    """
+    if ch_axis == PER_TENSOR:
+        return qparam
+    shape = [1] * ndim
+    shape[ch_axis] = -1
+    return qparam.view(shape)
+
+
+def round_to_steps(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """How many steps of ``scale`` each element of ``x`` is from zero, rounded and kept in bounds."""
+    return (x * (1.0 / scale)).round_().clamp_(low, high)
+
+
 def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """Integer codes of ``x`` (as floats): ``clamp(round(x / scale) + zero_point)``."""
-    return torch.round(x * (1.0 / scale)).add_(zero_point).clamp_(quant_min, quant_max)
+    return round_to_steps(x, scale, quant_min - zero_point, quant_max - zero_point).add_(zero_point)
 
 
 def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -88,7 +108,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x, scale, zero_point, quant_min, quant_max, grad_factor, mask):  # type: ignore[no-untyped-def, override]
         zero_point = torch.clamp(torch.round(zero_point), quant_min, quant_max)
         low, high = quant_min - zero_point, quant_max - zero_point
-        y = (x * (1.0 / scale)).round_().clamp_(low, high).mul_(scale)
+        y = round_to_steps(x, scale, low, high).mul_(scale)
         if mask is not None:
             y = torch.where(mask, y, x)
         ctx.save_for_backward(x, y, scale, low, high, mask)

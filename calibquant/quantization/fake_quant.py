@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from calibquant.quantization.affine import (
     SCALE_EPS,
+    broadcastable,
     choose_qparams_affine,
     dequantize_affine,
     fake_quantize_affine,
@@ -25,7 +26,7 @@ from calibquant.quantization.affine import (
     rectified_sigmoid,
     round_from_floor,
 )
-from calibquant.quantization.observer import OBSERVERS, PER_TENSOR, Observer
+from calibquant.quantization.observer import OBSERVERS, Observer
 from calibquant.quantization.range_search import Grid
 
 
@@ -112,11 +113,10 @@ class FakeQuantize(nn.Module):
     def qparams(self, ndim: int) -> tuple[Tensor, Tensor]:
         """``(scale, zero_point)`` shaped to broadcast over a tensor of ``ndim`` axes."""
         scale = torch.clamp(self.scale, min=SCALE_EPS)
-        if self.ch_axis == PER_TENSOR:
-            return scale, self.zero_point
-        shape = [1] * ndim
-        shape[self.ch_axis] = -1
-        return scale.view(shape), self.zero_point.view(shape)
+        return self._broadcast(scale, self.zero_point, ndim)
+
+    def _broadcast(self, scale: Tensor, zero_point: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
+        return broadcastable(scale, ndim, self.ch_axis), broadcastable(zero_point, ndim, self.ch_axis)
 
     def quantize(self, x: Tensor) -> Tensor:
         """``x`` on the grid (but for what is dropped), differentiable in whatever is learned."""
@@ -135,11 +135,9 @@ class FakeQuantize(nn.Module):
 
         Shaped to broadcast over a tensor of ``ndim`` axes, or one-dimensional without it.
         """
-        scale, zero_point = self.qparams(ndim or self.ch_axis + 1)
-        zero_point = torch.round(zero_point.detach()).clamp(self.quant_min, self.quant_max)
-        if ndim is None:
-            return scale.detach().reshape(-1).clone(), zero_point.reshape(-1)
-        return scale.detach(), zero_point
+        scale = torch.clamp(self.scale.detach(), min=SCALE_EPS)
+        zero_point = torch.round(self.zero_point.detach()).clamp(self.quant_min, self.quant_max)
+        return (scale, zero_point) if ndim is None else self._broadcast(scale, zero_point, ndim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.quantize(x) if self.enabled else x
@@ -277,10 +275,8 @@ class IntegerWeight(nn.Module):
     def dequantize(self) -> Tensor:
         """The weight's real values, float32."""
         quant_min, _ = quant_bounds(self.bits, self.symmetric)
-        shape = [1] * self.codes.ndim
-        if self.ch_axis != PER_TENSOR:
-            shape[self.ch_axis] = -1
-        scale, zero_point = self.scale.view(shape), self.zero_point.view(shape)
+        scale = broadcastable(self.scale, self.codes.ndim, self.ch_axis)
+        zero_point = broadcastable(self.zero_point, self.codes.ndim, self.ch_axis)
         return dequantize_affine(self.codes.float() + quant_min, scale, zero_point)
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -11,15 +11,13 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from calibquant.quantization.affine import PER_TENSOR
 from calibquant.quantization.range_search import (
     Grid,
     Samples,
     golden_section_search,
     grid_search,
 )
-
-PER_TENSOR = -1
-"""The value of `ch_axis` that means one range for the whole tensor, as in the published configs."""
 
 
 def as_rows(x: Tensor, ch_axis: int) -> Tensor:

@@ -22,8 +22,8 @@ from calibquant.model.archive import check_content, check_pickles, check_zip, is
 from calibquant.model.load import safe_load
 from calibquant.model.quant_layer import QuantLayer, layers
 from calibquant.model.quant_resnet import QuantResNet
-from calibquant.quantization.affine import quant_bounds
-from calibquant.quantization.fake_quant import FakeQuantize, FixedFakeQuantize, IntegerWeight
+from calibquant.quantization.affine import PER_TENSOR, quant_bounds
+from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
 from calibquant.quantization.packing import pack_bits, unpack_bits
 from calibquant.quantization.state import quantizers
 from calibquant.solver.config import check_config, config_name, plain
@@ -204,7 +204,7 @@ def _fill_layer(parent: nn.Module, name: str, layer: QuantLayer, saved: dict[str
     assert isinstance(expected, FakeQuantize)
     if tuple(saved["shape"]) != tuple(layer.weight.shape) or saved["bits"] != expected.bits:
         raise ValueError(f"{name}: shape {saved['shape']} at {saved['bits']} bits is not the network's")
-    count = 1 if expected.ch_axis == -1 else layer.weight.shape[expected.ch_axis]
+    count = 1 if expected.ch_axis == PER_TENSOR else layer.weight.shape[expected.ch_axis]
     scale, zero_point = _checked_qparams(name, saved, expected, count)
     codes = unpack_bits(saved["weight"], expected.bits, layer.weight.numel()).view(layer.weight.shape)
     bias = saved["bias"]
@@ -221,11 +221,9 @@ def _fill_layer(parent: nn.Module, name: str, layer: QuantLayer, saved: dict[str
 def _fill_activation(parent: nn.Module, name: str, expected: FakeQuantize, saved: dict[str, Any]) -> None:
     if saved["bits"] != expected.bits:
         raise ValueError(f"{name}: {saved['bits']} bits are not its config's {expected.bits}")
-    fixed = FixedFakeQuantize(
-        expected.bits, expected.symmetric, expected.ch_axis, expected.observer_type, expected.role
-    )
+    fixed = expected.hardened()
     channels = layers(parent)[0][1].bias.shape  # of the layer whose output this quantizes
-    count = 1 if expected.ch_axis == -1 else channels[0]
+    count = 1 if expected.ch_axis == PER_TENSOR else channels[0]
     fixed.scale, fixed.zero_point = _checked_qparams(name, saved, expected, count)
     setattr(parent, name.rpartition(".")[2], fixed)
 
