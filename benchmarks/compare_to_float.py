@@ -7,7 +7,6 @@ Prints one JSON object: top-1 of both, the share of images on which both predict
 mean Kullback-Leibler divergence KL(float || quantized) of their softmax outputs in nats.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,14 +21,12 @@ from calibquant.solver.config import load_config
 from calibquant.solver.imagenet_util import batches, report_unreadable, validation_loader
 from calibquant.solver.pipeline import float_model
 from calibquant.solver.run_log import versions
-from calibquant.solver.script import choose_device, run_script
+from calibquant.solver.script import choose_device, config_parser, run_script
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config", required=True)
+    parser = config_parser(__doc__)
     parser.add_argument("--quantized_model_path", required=True)
-    parser.add_argument("--device", choices=("cuda", "cpu"))
     args = parser.parse_args()
     config = load_config(args.config)
     device = choose_device(args.device)

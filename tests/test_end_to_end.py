@@ -21,18 +21,30 @@ SOLVER = ROOT / "calibquant" / "solver"
 def script(
     name: str, *arguments: str, cwd: Path, as_module: bool = False, gpu: bool = False
 ) -> subprocess.CompletedProcess:
+    process = start(name, *arguments, cwd=cwd, as_module=as_module, gpu=gpu)
+    try:
+        out, err = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def start(
+    name: str, *arguments: str, cwd: Path, as_module: bool = False, gpu: bool = False
+) -> subprocess.Popen:
+    """A script left running, its output and errors in pipes."""
     target = ["-m", f"calibquant.solver.{name}"] if as_module else [str(SOLVER / f"{name}.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
     if as_module:
         environment["PYTHONPATH"] = str(ROOT)
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *target, *arguments],
         cwd=cwd,
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
-        check=False,
     )
 
 

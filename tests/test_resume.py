@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,12 +20,23 @@ from calibquant.solver.recon import reconstruct
 from calibquant.solver.resume import RunState, run_state
 from tests.figures import record
 from tests.small import calibrated_model, small_config
-from tests.test_end_to_end import ROOT, place, script, write_config
+from tests.test_end_to_end import place, script, start, write_config
 
 __all__ = ["place"]
 
 IMAGES = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 KILLS = 20
+
+
+def run_until(beginning: str, config: Path, cwd: Path) -> tuple[subprocess.Popen, list[str]]:
+    """The main script, running, once it has printed a line with this beginning; and its lines so far."""
+    process, lines = start("main_imagenet", "--config", str(config), cwd=cwd), []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(beginning):
+            break
+    return process, lines
 
 
 def checkpoints(folder: Path, name: str) -> list[Path]:
@@ -45,17 +54,12 @@ def test_runs_killed_at_random_moments_end_with_the_file_of_an_uninterrupted_one
     ).unlink()
 
     draw, kills, resumed = random.Random(11), 0, 0
-    command = [sys.executable, str(ROOT / "calibquant/solver/main_imagenet.py"), "--config", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     while kills < KILLS:
-        process = subprocess.Popen(
-            command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        # past the imports, which take most of a small run's time
+        process, lines = run_until("calibration: ", config, place)
+        resumed += any(
+            line.startswith("continuing an unfinished run: ") and " 0 units" not in line for line in lines
         )
-        assert process.stdout is not None
-        for line in process.stdout:  # past the imports, which take most of a small run's time
-            resumed += line.startswith("continuing an unfinished run: ") and " 0 units" not in line
-            if line.startswith("calibration: "):
-                break
         time.sleep(draw.uniform(0, 1.2))
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -135,20 +139,17 @@ def test_two_runs_of_one_config_at_once_do_not_meet(tmp_path):
         pass
 
 
-def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(place):
+@pytest.fixture
+def heeds_interrupts():
+    """A shell's background job ignores Ctrl-C and its children inherit that; inside, they do not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(place, heeds_interrupts):
     config = write_config(place, data__type="interrupted", quant__recon__iters=2000)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "calibquant/solver/main_imagenet.py"), "--config", str(config)],
-        cwd=place,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("unit stem"):
-            break
+    process, _ = run_until("unit stem", config, place)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.strip() == "interrupted"
@@ -198,17 +199,7 @@ def test_a_loss_that_is_no_number_ends_the_unit_not_the_run(monkeypatch, quantiz
 def test_metrics_of_a_resumed_run_are_complete(place):
     """The units of both halves, and the accuracies measured before the kill."""
     config = write_config(place, data__type="halves", quant__recon__iters=300)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "calibquant/solver/main_imagenet.py"), "--config", str(config)],
-        cwd=place,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("unit layer1.0"):
-            break
+    process, _ = run_until("unit layer1.0", config, place)
     process.kill()
     process.communicate()
     done = script("main_imagenet", "--config", str(config), cwd=place)

@@ -85,14 +85,17 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def safe_load(path: Path, what: str) -> Any:
+def safe_load(path: Path, what: str, checked: bool = False) -> Any:
     """``torch.load`` of tensors and plain values only; whatever goes wrong is one line.
+
+    Args:
+        checked: the container has been through :func:`check_zip` already.
 
     Raises:
         UserError: truncated, damaged, foreign, or a pickle that wants to run code.
     """
     try:
-        if is_zip(path):
+        if not checked and is_zip(path):
             check_zip(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old formats
@@ -114,7 +117,7 @@ def _download(type: str) -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = printable(str(error))
         raise UserError(
             f"model.path null: torchvision's weights could not be downloaded ({reason}); "
             "give model.path a state dict on disk"

@@ -26,7 +26,7 @@ from calibquant.quantization.affine import PER_TENSOR, quant_bounds
 from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
 from calibquant.quantization.packing import pack_bits, unpack_bits
 from calibquant.quantization.state import quantizers
-from calibquant.solver.config import check_config, config_name, plain
+from calibquant.solver.config import check_config, config_name, lookup, plain
 from calibquant.solver.files import write_atomically
 from calibquant.solver.pipeline import float_model_on_meta, quantize_model
 
@@ -170,7 +170,7 @@ def _read(path: Path, where: str) -> dict[str, Any]:
     except Exception as error:  # zipfile and pickletools raise almost anything on foreign bytes
         reason = printable(str(error), 150) or type(error).__name__
         raise UserError(f"{where}: refused, truncated, damaged or foreign: {reason}") from error
-    content = safe_load(path, "quantized model")
+    content = safe_load(path, "quantized model", checked=True)
     if type(content) is not dict or content.get("format") != FORMAT:
         raise UserError(f"{where}: is no CalibQuant file")
     version = content.get("version")
@@ -251,13 +251,10 @@ def require_agreement(config: EasyDict, saved: EasyDict, path: Path) -> None:
         UserError: naming the first key that differs, with both values.
     """
     for key in STRUCTURE:
-        wanted, found = _value(config, key), _value(saved, key)
+        wanted, found = (_unordered(lookup(each, key)) for each in (config, saved))
         if wanted != found:
             raise UserError(f"config says {key} {wanted}, but quantized model {path} has {found}")
 
 
-def _value(config: EasyDict, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = value[part]
+def _unordered(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) else value

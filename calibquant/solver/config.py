@@ -10,7 +10,7 @@ import re
 import reprlib
 import unicodedata
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from calibquant.model.quant_resnet import End
 from calibquant.model.resnet import ARCHITECTURES
 from calibquant.quantization.fake_quant import QUANTIZERS
 from calibquant.quantization.observer import OBSERVERS
+from calibquant.solver.recon import ReconSettings
 
 REQUIRED = object()
 """Marks a key without default."""
@@ -136,6 +137,9 @@ def _quantizer_keys(
 _WEIGHT_QUANTIZERS = ["AdaRoundFakeQuantize", *(q for q in QUANTIZERS if q != "AdaRoundFakeQuantize")]
 _ACTIVATION_QUANTIZERS = ["LSQFakeQuantize", "LSQPlusFakeQuantize", "FixedFakeQuantize"]
 
+RECON = asdict(ReconSettings())
+"""Defaults of reconstruction."""
+
 KEYS: list[Key] = [
     *_quantizer_keys("quant.w_qconfig", _WEIGHT_QUANTIZERS, "MSEObserver", (0, -1), "weights"),
     *_quantizer_keys("quant.a_qconfig", _ACTIVATION_QUANTIZERS, "MSEObserver", (-1, 1), "activations"),
@@ -146,41 +150,59 @@ KEYS: list[Key] = [
         "what stays at 8 bits at the two ends; QDrop's own code omits `stem_output`",
     ),
     Key("quant.calibrate", 1024, integer(1, 10**9), "calibration images taken from the calibration folder"),
-    Key("quant.recon.batch_size", 32, integer(1, 10**6), "images per optimisation step"),
-    Key("quant.recon.scale_lr", 4.0e-5, number(0), "Adam learning rate of step sizes, cosine to 0"),
-    Key("quant.recon.round_lr", 1.0e-3, number(0), "Adam learning rate of rounding logits, constant"),
+    Key("quant.recon.batch_size", RECON["batch_size"], integer(1, 10**6), "images per optimisation step"),
     Key(
-        "quant.recon.warm_up", 0.2, number(0, 1), "share of the steps before the rounding regulariser acts"
+        "quant.recon.scale_lr",
+        RECON["scale_lr"],
+        number(0),
+        "Adam learning rate of step sizes, cosine to 0",
     ),
-    Key("quant.recon.weight", 0.01, number(0), "weight of the rounding regulariser in the loss"),
+    Key(
+        "quant.recon.round_lr",
+        RECON["round_lr"],
+        number(0),
+        "Adam learning rate of rounding logits, constant",
+    ),
+    Key(
+        "quant.recon.warm_up",
+        RECON["warm_up"],
+        number(0, 1),
+        "share of the steps before the rounding regulariser acts",
+    ),
+    Key("quant.recon.weight", RECON["weight"], number(0), "weight of the rounding regulariser in the loss"),
     Key(
         "quant.recon.iters",
-        20000,
+        RECON["iters"],
         integer(0, 10**9),
         "steps per unit; 0 keeps calibrated ranges and nearest rounding",
     ),
     Key(
         "quant.recon.b_range",
-        [20, 2],
+        list(RECON["b_range"]),
         sequence(number(0, open_low=True), "a list of two numbers above 0", 2),
         "exponent of the regulariser, from its first value linearly to its second",
     ),
-    Key("quant.recon.keep_gpu", True, BOOLEAN, "cached activations stay on the GPU, else in host memory"),
+    Key(
+        "quant.recon.keep_gpu",
+        RECON["keep_gpu"],
+        BOOLEAN,
+        "cached activations stay on the GPU, else in host memory",
+    ),
     Key(
         "quant.recon.round_mode",
-        "learned_hard_sigmoid",
+        RECON["round_mode"],
         choice("learned_hard_sigmoid", "nearest"),
         "AdaRound's learned rounding of weights, or nearest",
     ),
     Key(
         "quant.recon.drop_prob",
-        0.5,
+        RECON["drop_prob"],
         number(0, 1),
         "chance that an element stays *quantized* (QDrop's name for it); 1 drops nothing",
     ),
     Key(
         "quant.recon.granularity",
-        "block",
+        RECON["granularity"],
         choice("block", "layer"),
         "what is reconstructed at once: a residual block or a single layer",
     ),
@@ -249,6 +271,9 @@ KEYS: list[Key] = [
     ),
 ]
 
+
+SECTIONS = {key.path.rsplit(".", depth)[0] for key in KEYS for depth in (1, 2)}
+"""Dotted paths of what holds keys."""
 
 _MAX_BYTES = 65_536
 """Of a config file; the longest of this repository has 3,000."""
@@ -373,7 +398,7 @@ def _shown(value: Any) -> str:
 
 def _suggestion(path: str) -> str:
     """What the user may have meant by an unknown dotted path: a near name, else its siblings."""
-    names = {key.path.rsplit(".", depth)[0] for key in KEYS for depth in range(3)}
+    names = SECTIONS | {key.path for key in KEYS}
     close = difflib.get_close_matches(path, sorted(names), n=1)
     if close:
         return f"did you mean {close[0]}?"
@@ -384,14 +409,13 @@ def _suggestion(path: str) -> str:
 
 def _flatten(raw: Any, where: str, prefix: str = "") -> list[tuple[str, Any]]:
     """Dotted paths and values of a nested mapping; an empty section is as good as a missing one."""
-    sections = {key.path.rsplit(".", depth)[0] for key in KEYS for depth in (1, 2) if "." in key.path}
     if not isinstance(raw, dict):
         name = prefix.rstrip(".") or "the file"
         raise UserError(f"{where}: {name} is {_shown(raw)}, allowed is a mapping of keys to values")
     flat: list[tuple[str, Any]] = []
     for key, value in raw.items():
         path = f"{prefix}{key if isinstance(key, str) else _shown(key)}"
-        if path in sections:
+        if path in SECTIONS:
             flat += [] if value is None else _flatten(value, where, path + ".")
         else:
             flat.append((path, value))
@@ -413,8 +437,7 @@ SMALLEST_STD = 1e-6
 def _check_combinations(config: EasyDict, where: str) -> None:
     data, recon, kwargs = config.data, config.quant.recon, config.model.kwargs
     for key, longest in LONGEST.items():
-        section, name = key.split(".")
-        value = config[section][name]
+        value = lookup(config, key)
         if value is not None and len(value) > longest:
             raise UserError(f"{where}: {key} has {len(value)} characters, allowed are at most {longest}")
     narrowest = -(-64 // ARCHITECTURES[config.model.type].width_per_group)
@@ -435,6 +458,14 @@ def _check_combinations(config: EasyDict, where: str) -> None:
     start, end = recon.b_range
     if start < end:
         raise UserError(f"{where}: quant.recon.b_range is [{start:g}, {end:g}], allowed is a falling range")
+
+
+def lookup(config: EasyDict, path: str) -> Any:
+    """The value at a dotted path."""
+    value: Any = config
+    for part in path.split("."):
+        value = value[part]
+    return value
 
 
 def plain(config: EasyDict) -> dict[str, Any]:

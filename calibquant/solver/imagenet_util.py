@@ -155,11 +155,10 @@ def list_samples(folder: Path, classes: list[str], what: str) -> list[Sample]:
                 f"{what} {folder}: class folder {class_folder.name} is none of the {len(classes)} classes "
                 f"({classes[0]}, {classes[1] if len(classes) > 1 else ''} ...); see data.classes"
             )
-        inside = sorted(class_folder.rglob("*"))
-        files_inside = [path for path in inside if is_image(path) or not path.is_dir()]
-        samples += [(path, index[class_folder.name]) for path in files_inside if is_image(path)]
-        for path in files_inside:
-            if not is_image(path):
+        for path in sorted(class_folder.rglob("*")):
+            if is_image(path):
+                samples.append((path, index[class_folder.name]))
+            elif not path.is_dir():
                 logger.warning("%s: ignored, its name is not an image's", printable(str(path)))
     samples += [(path, -1) for path in sorted(folder.iterdir()) if is_image(path) and not path.is_dir()]
     if not samples:

@@ -40,7 +40,7 @@ from calibquant.solver.pipeline import (
 from calibquant.solver.recon import reconstruct
 from calibquant.solver.resume import RunState, identity, run_state
 from calibquant.solver.run_log import RunLog, start_run, versions
-from calibquant.solver.script import choose_device, run_script
+from calibquant.solver.script import choose_device, config_parser, run_script
 
 logger = logging.getLogger("calibquant")
 
@@ -135,9 +135,7 @@ def story(config: EasyDict, calibration: Calibration) -> dict[str, object]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file, see exp/")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
+    parser = config_parser(__doc__)
     parser.add_argument("--fresh", action="store_true", help="start anew, whatever an unfinished run left")
     return parser.parse_args()
 

@@ -39,7 +39,7 @@ class ReconSettings:
     warm_up: float = 0.2
     weight: float = 0.01
     iters: int = 20000
-    b_range: tuple[float, float] = (20.0, 2.0)
+    b_range: tuple[float, float] = (20, 2)
     keep_gpu: bool = True
     round_mode: str = "learned_hard_sigmoid"
     drop_prob: float = 0.5

@@ -26,7 +26,7 @@ from calibquant.model.load import safe_load
 from calibquant.model.quant_layer import harden
 from calibquant.model.quant_resnet import Unit
 from calibquant.solver.checkpoint import checksum
-from calibquant.solver.config import plain
+from calibquant.solver.config import KEYS, lookup
 from calibquant.solver.files import write_atomically, write_json
 from calibquant.solver.recon import Memory, TracePoint, UnitResult
 from calibquant.solver.run_log import versions
@@ -42,7 +42,8 @@ def identity(
     config: EasyDict, model: nn.Module, calibration_sha256: str, device: torch.device
 ) -> dict[str, str]:
     """Everything that a run's result depends on, by name."""
-    settings = {f"config {k}": json.dumps(v) for k, v in _flat(plain(config)) if k not in HARMLESS}
+    paths = [key.path for key in KEYS if key.path not in HARMLESS]
+    settings = {f"config {path}": json.dumps(lookup(config, path)) for path in paths}
     on_gpu = device.type == "cuda"
     return settings | {
         "float weights": checksum(dict(model.state_dict())),
@@ -53,14 +54,6 @@ def identity(
         if on_gpu
         else f"cpu, {torch.get_num_threads()} threads",
     }
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _code_hash() -> str:
@@ -125,9 +118,7 @@ class RunState(Memory):
             result = content["result"]
             trace = [TracePoint(**point) for point in result.pop("trace")]
             return UnitResult(**result, trace=trace)
-        except (
-            Exception
-        ) as error:  # whatever a wrong kind of value, at any place, makes the code above raise
+        except Exception as error:  # whatever a wrong value, at any place, makes the code above raise
             raise UserError(
                 f"state of an unfinished run {path}: damaged ({error}); start anew with --fresh"
             ) from error

@@ -91,17 +91,7 @@ def start_run(root: str, config: EasyDict) -> Iterator[RunLog]:
         logger.debug("versions: %s", versions())
         yield RunLog(folder, config)
     except BaseException as error:
-        to_file.handle(
-            logger.makeRecord(
-                logger.name,
-                logging.ERROR,
-                __file__,
-                0,
-                f"{type(error).__name__}: {one_line(error)}",
-                (),
-                None,
-            )
-        )
+        logger.debug("%s: %s", type(error).__name__, one_line(error))
         raise
     finally:
         for handler in (to_file, to_terminal):

@@ -1,5 +1,6 @@
 """What every script shares: how it ends when something is wrong, and which device it runs on."""
 
+import argparse
 import ctypes
 import errno
 import logging
@@ -28,10 +29,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         main()
     except UserError as error:
         _stop(one_line(error))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        _stop(f"out of memory: {one_line(error)[:300]}; {_SMALLER}")
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "can't allocate memory" not in str(error):
             raise
         _stop(f"out of memory: {one_line(error)[:300]}; {_SMALLER}")
     except OSError as error:
@@ -42,6 +42,16 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def config_parser(
+    description: str | None, config_help: str = "YAML file, see exp/"
+) -> argparse.ArgumentParser:
+    """A parser with the options that every script on a config has: ``--config`` and ``--device``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", required=True, help=config_help)
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
+    return parser
 
 
 _SMALLER = "lower data.batch_size, quant.recon.batch_size or quant.calibrate, or unset quant.recon.keep_gpu"

@@ -3,7 +3,6 @@
 python ./calibquant/solver/test.py --config ./exp/w4a4/rs101/config.yaml
 """
 
-import argparse
 import logging
 import sys
 from pathlib import Path
@@ -15,13 +14,13 @@ from calibquant.solver.config import load_config
 from calibquant.solver.imagenet_util import evaluate, validation_loader
 from calibquant.solver.pipeline import float_model
 from calibquant.solver.run_log import start_run
-from calibquant.solver.script import choose_device, run_script
+from calibquant.solver.script import choose_device, config_parser, run_script
 
 logger = logging.getLogger("calibquant")
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = config_parser(__doc__).parse_args()
     config = load_config(args.config)
     with start_run("test_log", config) as run:
         device = choose_device(args.device)
@@ -31,13 +30,6 @@ def main() -> None:
             score = evaluate(model, validation, device, config.data.skip_unreadable)
         logger.info("%s", score)
         run.record(float=score.as_dict())
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file, see exp/")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":
