@@ -16,7 +16,6 @@ from calibquant.quantization.affine import (
     lsq_grad_factor,
     quant_bounds,
     quantize_affine,
-    random_mask_like,
     rectified_sigmoid,
     round_from_floor,
     rounding_regularizer,
@@ -217,30 +216,3 @@ def test_gradients_of_soft_rounding_and_regularizer_equal_autograds(b):
     actual = rounding_regularizer(h, b) + (h * torch.arange(101)).sum()
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, logits), torch.autograd.grad(expected, logits))
-
-
-@pytest.mark.parametrize("chance", [0.0, 0.25, 0.5, 0.9, 0.999, 1.0])
-def test_a_mask_is_true_about_as_often_as_asked(chance):
-    mask = random_mask_like(torch.empty(50_001), chance, torch.Generator().manual_seed(0))
-    assert float(mask.float().mean()) == pytest.approx(chance, abs=0.01)
-
-
-def test_neighbouring_mask_elements_are_independent():
-    mask = random_mask_like(torch.empty(50_000), 0.5, torch.Generator().manual_seed(0)).float()
-    lags = [torch.corrcoef(torch.stack([mask[:-lag], mask[lag:]]))[0, 1] for lag in range(1, 10)]
-    assert max(abs(float(lag)) for lag in lags) < 0.03
-
-
-def test_a_mask_is_laid_out_as_its_tensor():
-    x = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    mask = random_mask_like(x, 0.5, None)
-    assert mask.shape == x.shape and mask.stride() == x.stride()
-
-
-def test_a_generator_decides_the_mask():
-    x = torch.empty(64)
-    first, again, other = (
-        random_mask_like(x, 0.5, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-    )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from calibquant.quantization.drop import Drop
 from calibquant.quantization.fake_quant import (
     QUANTIZERS,
     AdaRoundFakeQuantize,
-    Drop,
     FakeQuantize,
     FixedFakeQuantize,
     IntegerWeight,
@@ -120,13 +120,17 @@ def test_a_learned_step_that_turned_negative_still_quantizes():
     assert quantizer.scale.item() == pytest.approx(-0.1)
 
 
+def random_bytes(x):
+    return torch.randint(0, 256, x.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
 @ALL_QUANTIZERS
 def test_forward_changes_no_state_and_not_its_input(name):
     x = some_weight()
     quantizer = calibrated(name, x)
     if isinstance(quantizer, AdaRoundFakeQuantize):
         quantizer.start_rounding(x)
-    quantizer.drop = Drop(0.5, torch.Generator().manual_seed(0))
+    quantizer.drop = Drop(0.5, random_bytes(x))
     before = copy.deepcopy(quantizer.state_dict())
     quantizer(x)
     torch.testing.assert_close(quantizer.state_dict(), before, rtol=0, atol=0)
@@ -138,7 +142,7 @@ def test_drop_prob_is_the_chance_to_stay_quantized(chance):
     x = torch.rand(20_000, generator=torch.Generator().manual_seed(0)) + 0.013
     quantizer = calibrated("LSQFakeQuantize", x)
     quantized = quantizer(x)
-    quantizer.drop = Drop(chance, torch.Generator().manual_seed(1))
+    quantizer.drop = Drop(chance, random_bytes(x))
     mixed = quantizer(x)
     is_quantized = mixed == quantized
     assert bool((is_quantized | (mixed == x)).all())
@@ -148,7 +152,7 @@ def test_drop_prob_is_the_chance_to_stay_quantized(chance):
 def test_only_the_elements_that_stayed_quantized_teach_the_step():
     x = some_weight()
     quantizer = calibrated("LSQFakeQuantize", x).requires_grad_()
-    quantizer.drop = Drop(0.0)
+    quantizer.drop = Drop(0.0, random_bytes(x))
     (gradient,) = torch.autograd.grad(quantizer(x).sum(), quantizer.scale)
     assert gradient == 0
 

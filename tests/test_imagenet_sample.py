@@ -8,10 +8,11 @@ import torch
 
 from calibquant.quantization.observer import MSEFastObserver
 from calibquant.quantization.state import calibrating, full_precision
+from calibquant.solver.caches import Activations
 from calibquant.solver.config import check_config, load_config, plain
 from calibquant.solver.imagenet_util import load_calibration, validation_loader
 from calibquant.solver.pipeline import calibrate, float_model, quantize_model, recon_settings
-from calibquant.solver.recon import UnitData, learn_unit, output_error, plain_steps, run_batched
+from calibquant.solver.recon import Means, reconstruct_unit, store_for, unit_data
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = os.environ.get("CALIBQUANT_IMAGENET_SAMPLE")
@@ -91,9 +92,7 @@ def test_reconstructing_a_real_block_at_2_bits_halves_its_error(network):
     with calibrating(unit.module):
         unit.module(x)
     settings, device = recon_settings(config), torch.device("cpu")
-    with full_precision(unit.module):
-        target = run_batched(unit.module, [x], 8, device)
-    before = output_error(run_batched(unit.module, [x], 8, device), target, 8)
-    generator = torch.Generator().manual_seed(0)
-    learn_unit(unit, UnitData([x], [x], target), settings, generator, plain_steps)
-    assert output_error(run_batched(unit.module, [x], 8, device), target, 8) < 0.5 * before
+    means = Means(settings, device, store_for(settings, device))
+    data = unit_data(unit, Activations(x), means)
+    result = reconstruct_unit(unit, data, means, torch.Generator().manual_seed(0))
+    assert result.error_after < 0.5 * result.error_before

@@ -7,8 +7,15 @@ from torch import Tensor, nn
 from calibquant.model.quant_layer import calibrate_weights
 from calibquant.model.quant_resnet import QuantResNet, QuantSpec
 from calibquant.model.resnet import Architecture, ResNet
-from calibquant.quantization.fake_quant import Drop, QuantizerConfig, Role
-from calibquant.quantization.state import calibrating, dropping, full_precision, quantizers
+from calibquant.quantization.drop import Draws, Drop
+from calibquant.quantization.fake_quant import QuantizerConfig, Role
+from calibquant.quantization.state import (
+    calibrating,
+    dropping,
+    full_precision,
+    quantizer_inputs,
+    quantizers,
+)
 
 
 def float_model(architecture: Architecture) -> ResNet:
@@ -119,15 +126,39 @@ def test_calibrating_on_nan_names_the_quantizer(small):
     assert hooks(small) == 0
 
 
+def drops(model, chance):
+    """A drop for each activation quantizer, with bytes drawn once."""
+    sites = quantizer_inputs(model, [images()])
+    draws = Draws(sites, torch.Generator().manual_seed(0))
+    draws.refill()
+    return [Drop(chance, each) for each in draws.bytes]
+
+
+def test_quantizer_inputs_are_what_each_quantizer_is_given_in_their_order(small):
+    with calibrating(small):
+        small(images())
+    expected, modules = {}, [q for _, q in quantizers(small, Role.ACTIVATION)]
+    handles = [
+        q.register_forward_pre_hook(lambda q, args: expected.update({q: args[0].clone()})) for q in modules
+    ]
+    seen = quantizer_inputs(small, [images()])
+    for handle in handles:
+        handle.remove()
+    assert all(torch.equal(a, expected[q]) for a, q in zip(seen, modules, strict=True))
+    assert hooks(small) == 0
+
+
 def test_dropping_reaches_activations_only_and_is_undone_on_exceptions(small):
-    drop, (_, first) = Drop(0.5), quantizers(small, Role.ACTIVATION)[0]
-    first.drop = outer = Drop(0.1)
-    with pytest.raises(KeyError), dropping(small, drop):
-        assert all(q.drop is drop for _, q in quantizers(small, Role.ACTIVATION))
+    with calibrating(small):
+        small(images())
+    given, (_, first) = drops(small, 0.5), quantizers(small, Role.ACTIVATION)[0]
+    first.drop = outer = given[3]
+    with pytest.raises(KeyError), dropping(small, given):
+        assert [q.drop for _, q in quantizers(small, Role.ACTIVATION)] == given
         assert all(q.drop is None for _, q in quantizers(small, Role.WEIGHT))
         raise KeyError
-    drops = [q.drop for _, q in quantizers(small, Role.ACTIVATION)]
-    assert drops == [outer] + [None] * (len(drops) - 1)
+    left = [q.drop for _, q in quantizers(small, Role.ACTIVATION)]
+    assert left[0] is outer and left[1:] == [None] * (len(left) - 1)
 
 
 def test_dropping_everything_equals_float_activations_and_dropping_nothing_equals_none(small):
@@ -135,9 +166,9 @@ def test_dropping_everything_equals_float_activations_and_dropping_nothing_equal
         small(images())
     with torch.no_grad():
         plain = small(images())
-        with dropping(small, Drop(1.0)):
+        with dropping(small, drops(small, 1.0)):
             assert torch.equal(small(images()), plain)
-        with dropping(small, Drop(0.0)):
+        with dropping(small, drops(small, 0.0)):
             all_float = small(images())
         for _, quantizer in quantizers(small, Role.ACTIVATION):
             quantizer.enabled = False

@@ -6,6 +6,7 @@ folded before a layer is made.
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,11 +36,15 @@ class QuantLayer(nn.Module, ABC):
         relu: bool = False,
     ) -> None:
         super().__init__()
-        self.register_buffer("weight", weight.detach().clone())
+        self.register_buffer("weight", self.lay_out(weight.detach().clone()))
         self.register_buffer("bias", bias.detach().clone())
         self.weight_quantizer = weight_quantizer
         self.output_quantizer = nn.Identity() if output_quantizer is None else output_quantizer
         self.relu = relu
+
+    def lay_out(self, weight: Tensor) -> Tensor:
+        """The weight in the memory layout that the operation is fastest with."""
+        return weight
 
     @abstractmethod
     def operate(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -66,7 +71,7 @@ class QuantLayer(nn.Module, ABC):
     def set_integer_weight(self, integers: IntegerWeight) -> None:
         """Replace weight and weight quantizer by integers and the values they stand for."""
         self.weight_quantizer = integers
-        self.weight = integers.dequantize()
+        self.weight = self.lay_out(integers.dequantize())
 
     def harden_weight(self) -> None:
         """Settle the weight's integers; rounding logits, if any, are gone afterwards."""
@@ -91,6 +96,9 @@ class QuantConv2d(QuantLayer):
         self.stride = convolution.stride
         self.padding = convolution.padding
         self.groups = convolution.groups
+
+    def lay_out(self, weight: Tensor) -> Tensor:
+        return weight.contiguous(memory_format=torch.channels_last)
 
     def operate(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, 1, self.groups)

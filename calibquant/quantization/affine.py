@@ -191,7 +191,7 @@ def round_from_floor(
     return (floor + h).clamp(quant_min - zero_point, quant_max - zero_point) * scale
 
 
-def rounding_regularizer(h: Tensor, b: float) -> Tensor:
+def rounding_regularizer(h: Tensor, b: float | Tensor) -> Tensor:
     """Sum of ``1 - |2h - 1|^b``: zero only where every ``h`` is 0 or 1 (AdaRound, eq. 24)."""
     result: Tensor = _RoundingRegularizer.apply(h, b)
     return result
@@ -213,17 +213,3 @@ class _RoundingRegularizer(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
         (slope,) = ctx.saved_tensors
         return slope * (grad * ctx.factor), None
-
-
-def random_mask_like(x: Tensor, chance: float, generator: torch.Generator | None) -> Tensor:
-    """Boolean mask laid out as dense ``x``, each element true with the given chance in steps of 1/256.
-
-    Eight elements share one 64-bit draw: drawing is what dropping costs on a CPU.
-    """
-    threshold = round(chance * 256)
-    if threshold > 255:  # beyond what a byte can be compared with
-        return torch.ones_like(x, dtype=torch.bool)
-    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
-    words.random_(torch.iinfo(torch.int64).min, None, generator=generator)
-    draws = words.view(torch.uint8)[: x.numel()].as_strided(x.shape, x.stride())
-    return draws < threshold

@@ -22,10 +22,10 @@ from calibquant.quantization.affine import (
     lsq_grad_factor,
     quant_bounds,
     quantize_affine,
-    random_mask_like,
     rectified_sigmoid,
     round_from_floor,
 )
+from calibquant.quantization.drop import Drop
 from calibquant.quantization.observer import OBSERVERS, Observer
 from calibquant.quantization.range_search import Grid
 
@@ -35,20 +35,6 @@ class Role(Enum):
 
     WEIGHT = "weight"
     ACTIVATION = "activation"
-
-
-@dataclass(frozen=True)
-class Drop:
-    """QDrop's random mixing (Wei et al. 2022): an element stays quantized with chance ``drop_prob``."""
-
-    drop_prob: float
-    generator: torch.Generator | None = None
-
-    def mask_for(self, x: Tensor) -> Tensor | None:
-        """Which elements of ``x`` stay quantized this time; None for all."""
-        if self.drop_prob >= 1.0:
-            return None
-        return random_mask_like(x, self.drop_prob, self.generator)
 
 
 class FakeQuantize(nn.Module):
@@ -122,7 +108,7 @@ class FakeQuantize(nn.Module):
         """``x`` on the grid (but for what is dropped), differentiable in whatever is learned."""
         scale, zero_point = self.qparams(x.ndim)
         factor = lsq_grad_factor(x, self.scale, self.quant_max) if scale.requires_grad else 1.0
-        mask = None if self.drop is None else self.drop.mask_for(x)
+        mask = None if self.drop is None else self.drop.mask()
         return fake_quantize_affine(x, scale, zero_point, self.quant_min, self.quant_max, factor, mask)
 
     def codes(self, x: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 Each scope restores what it found on the way out, also when left by an exception.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from calibquant.quantization.fake_quant import Drop, FakeQuantize, Role
+from calibquant.quantization.drop import Drop
+from calibquant.quantization.fake_quant import FakeQuantize, Role
 from calibquant.quantization.observer import Observer
 
 
@@ -75,13 +76,27 @@ def _range_seen(name: str, seen: Observer) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def dropping(module: nn.Module, drop: Drop) -> Iterator[None]:
-    """Inside, each activation quantizer leaves some elements unquantized (QDrop)."""
+def dropping(module: nn.Module, drops: Sequence[Drop | None]) -> Iterator[None]:
+    """Inside, each activation quantizer, in order, leaves some elements unquantized (QDrop)."""
     saved = [(quantizer, quantizer.drop) for _, quantizer in quantizers(module, Role.ACTIVATION)]
     try:
-        for quantizer, _ in saved:
+        for (quantizer, _), drop in zip(saved, drops, strict=True):
             quantizer.drop = drop
         yield
     finally:
         for quantizer, before in saved:
             quantizer.drop = before
+
+
+@torch.no_grad()
+def quantizer_inputs(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What each activation quantizer of a module is given in one forward pass, in their order."""
+    sites = [quantizer for _, quantizer in quantizers(module, Role.ACTIVATION)]
+    seen: dict[nn.Module, Tensor] = {}
+    hooks = [q.register_forward_hook(lambda q, args, _output: seen.update({q: args[0]})) for q in sites]
+    try:
+        module(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [seen[quantizer] for quantizer in sites]

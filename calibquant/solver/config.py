@@ -22,7 +22,7 @@ from calibquant.model.quant_resnet import End
 from calibquant.model.resnet import ARCHITECTURES
 from calibquant.quantization.fake_quant import QUANTIZERS
 from calibquant.quantization.observer import OBSERVERS
-from calibquant.solver.recon import ReconSettings
+from calibquant.solver.learn import ReconSettings
 
 REQUIRED = object()
 """Marks a key without default."""
@@ -205,6 +205,24 @@ KEYS: list[Key] = [
         RECON["granularity"],
         choice("block", "layer"),
         "what is reconstructed at once: a residual block or a single layer",
+    ),
+    Key(
+        "quant.recon.precision",
+        RECON["precision"],
+        choice("tf32", "fp32", "bf16"),
+        "convolutions of the steps: TF32 where a GPU has it (as published), float32, or bfloat16",
+    ),
+    Key(
+        "quant.recon.cache",
+        RECON["cache"],
+        choice("fp16", "fp32"),
+        "cached activations; those beyond float16's range are float32 anyway",
+    ),
+    Key(
+        "quant.recon.compile",
+        RECON["compile"],
+        choice("auto", "always", "never"),
+        "torch.compile for the steps where it pays, always or never; needs a C++ compiler, on a GPU Triton",
     ),
     Key("model.type", REQUIRED, choice(*ARCHITECTURES), "the network"),
     Key("model.kwargs.num_classes", 1000, integer(1, 100_000), "outputs of the classifier"),

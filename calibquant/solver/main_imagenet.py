@@ -21,6 +21,7 @@ from tqdm import tqdm
 from calibquant.model.quant_resnet import QuantResNet
 from calibquant.solver.checkpoint import MODEL_ROOT, save_checkpoint
 from calibquant.solver.config import config_name, load_config
+from calibquant.solver.fast import choose_engine
 from calibquant.solver.files import require_writable
 from calibquant.solver.imagenet_util import (
     Calibration,
@@ -102,8 +103,11 @@ def reconstruct_and_report(
 ) -> None:
     """Reconstruct unit by unit, logging each and keeping the metrics up to date."""
     settings, seed = recon_settings(config), config.process.seed
+    engine = choose_engine(settings.compile, next(model.buffers()).device)
     results = []
-    for result in reconstruct(model, calibration.images, settings, seed, progress_bar, state):
+    for result in reconstruct(
+        model, calibration.images, settings, seed, progress_bar, state, engine=engine
+    ):
         logger.info(
             "unit %-12s error %.5g -> %.5g, %.1f s, %.2f %% rounded away, %.2f %% unconverged",
             result.name,

@@ -20,7 +20,7 @@ from calibquant.model.resnet import ResNet
 from calibquant.quantization.affine import SCALE_EPS
 from calibquant.quantization.fake_quant import QuantizerConfig
 from calibquant.quantization.state import calibrating, quantizers
-from calibquant.solver.recon import ReconSettings
+from calibquant.solver.learn import ReconSettings
 
 logger = logging.getLogger("calibquant")
 

@@ -28,7 +28,8 @@ from calibquant.model.quant_resnet import Unit
 from calibquant.solver.checkpoint import checksum
 from calibquant.solver.config import KEYS, lookup
 from calibquant.solver.files import write_atomically, write_json
-from calibquant.solver.recon import Memory, TracePoint, UnitResult
+from calibquant.solver.learn import TracePoint
+from calibquant.solver.recon import Memory, UnitResult
 from calibquant.solver.run_log import versions
 
 logger = logging.getLogger("calibquant")

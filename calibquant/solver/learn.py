@@ -1,0 +1,282 @@
+"""Learning one unit: AdaRound's rounding and LSQ's step sizes under QDrop's dropping.
+
+All that a step needs lives on the device: schedules are tables, the step's number a tensor, random
+bytes and losses have their places. A step therefore neither waits for the host nor, once captured,
+allocates anything; `fast.py` compiles and captures what stands here, and nothing in this file
+depends on whether it did.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from calibquant.model.quant_layer import layers
+from calibquant.model.quant_resnet import Unit
+from calibquant.quantization.affine import rounding_regularizer
+from calibquant.quantization.drop import Draws, Drop
+from calibquant.quantization.fake_quant import AdaRoundFakeQuantize
+from calibquant.quantization.state import dropping, quantizer_inputs, quantizers
+from calibquant.solver.caches import Batches, UnitData, batches_of
+
+CONVERGED = 0.01
+"""A soft rounding this near to 0 or 1 counts as decided."""
+TRACE_POINTS = 50
+"""Losses kept for each unit's curve."""
+
+Progress = Callable[[str, int], Iterable[int]]
+"""Turns a unit's name and its number of steps into the steps, showing progress on the way."""
+
+Objective = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""``(rows [batch], exponent [], weight []) -> (reconstruction error, weighted rounding penalty)``."""
+
+
+@dataclass(frozen=True)
+class ReconSettings:
+    """`quant.recon` of the config, whose reference says what each means."""
+
+    batch_size: int = 32
+    scale_lr: float = 4.0e-5
+    round_lr: float = 1.0e-3
+    warm_up: float = 0.2
+    weight: float = 0.01
+    iters: int = 20000
+    b_range: tuple[float, float] = (20, 2)
+    keep_gpu: bool = True
+    round_mode: str = "learned_hard_sigmoid"
+    drop_prob: float = 0.5
+    granularity: str = "block"
+    precision: str = "tf32"
+    cache: str = "fp16"
+    compile: str = "auto"
+
+
+@dataclass(frozen=True)
+class TracePoint:
+    """Losses at one step: of the reconstruction, and the weighted rounding regulariser."""
+
+    step: int
+    reconstruction: float
+    rounding: float
+
+
+class Engine:
+    """How steps are run: this one as they are written; see ``fast.py`` for a faster one."""
+
+    def objective(self, objective: Objective, work: float, device: torch.device) -> Objective:
+        """The objective in the form that a step calls; ``work``: elements of the output, over all steps."""
+        return objective
+
+    def step(self, step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
+        """The step in the form that the loop calls."""
+        return step
+
+
+class Peers:
+    """Other processes that learn the same unit from other images: here none; see ``distributed.py``."""
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor, in place, by its mean over all processes."""
+
+    def mean(self, value: float, count: int) -> float:
+        """The mean of a value over all processes, each weighted by its number of images."""
+        return value
+
+
+def learn_unit(
+    unit: Unit,
+    data: UnitData,
+    settings: ReconSettings,
+    generator: torch.Generator,
+    progress: Progress,
+    engine: Engine,
+    peers: Peers,
+) -> tuple[list[TracePoint], float]:
+    """Learn a unit's rounding logits, step sizes and zero-points.
+
+    Returns:
+        The losses on the way, and the share of weights whose rounding was undecided at the end.
+    """
+    rounding = start_rounding(unit.module, settings) if settings.iters else []
+    logits = [q.logits for q in rounding if q.logits is not None]
+    qparams = [p for _, q in quantizers(unit.module) for p in q.learned_qparams()]
+    if not settings.iters or not (logits or qparams):
+        return [], 0.0
+    device = generator.device
+    order = batch_order(len(data.target), settings.batch_size, settings.iters, generator)
+    batches = batches_of(data, order, device)
+    mixing, inside, draws = places_to_drop(unit, batches, settings.drop_prob, generator)
+    work = float(batches.target[0].numel() * batches.batch_size * settings.iters)
+    objective = engine.objective(
+        unit_objective(unit.module, batches, mixing, rounding, settings.precision), work, device
+    )
+    table = schedule(settings).to(device)
+    groups = [{"params": logits, "lr": settings.round_lr}] if logits else []
+    scale_lr = torch.tensor(settings.scale_lr, device=device)
+    groups += [{"params": qparams, "lr": scale_lr}] if qparams else []
+    optimizer = torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
+    counter = torch.zeros(1, dtype=torch.int64, device=device)
+    trace = torch.zeros(settings.iters, 2, device=device)
+
+    def one_step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        draws.refill()
+        exponent, weight, rate = table.index_select(0, counter).view(-1).unbind()
+        error, penalty = objective(batches.rows(counter), exponent, weight)
+        (error + penalty).backward()
+        peers.average([p.grad for p in logits + qparams if p.grad is not None])
+        scale_lr.copy_(rate)
+        optimizer.step()
+        trace.index_copy_(0, counter, torch.stack((error.detach(), penalty.detach()))[None])
+        counter.add_(1)
+
+    points, done = trace_points(settings.iters), 0
+    with dropping(unit.module, inside), learning(logits + qparams), batches:
+        step = engine.step(one_step, generator)
+        for number in progress(unit.name, settings.iters):
+            batches.stage(number)
+            step()
+            done = number + 1
+            if number in points and not math.isfinite(peers.mean(float(trace[number, 0]), 1)):
+                break  # diverged: the unit's error will show it
+    losses = trace[:done].cpu()
+    finite = [n for n in points if n < done and bool(torch.isfinite(losses[n]).all())]
+    curve = [TracePoint(n, *losses[n].tolist()) for n in finite]
+    return curve, unconverged(rounding)
+
+
+def unit_objective(
+    module: nn.Module,
+    batches: Batches,
+    mixing: list[Drop | None],
+    rounding: list[AdaRoundFakeQuantize],
+    precision: str,
+) -> Objective:
+    """The function that a step differentiates: the unit's error on a batch, and the rounding penalty."""
+    device_type = batches.target.device.type
+
+    def objective(rows: Tensor, exponent: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = zip(batches.quantized, batches.full, mixing, strict=True)
+        inputs = [mixed_input(quantized, full, rows, drop) for quantized, full, drop in pairs]
+        with autocast(precision, device_type):
+            output = module(*inputs)
+        error = reconstruction_loss(output.float(), batches.target[rows].float())
+        penalty = error.new_zeros(())
+        for quantizer in rounding:
+            penalty = penalty + rounding_regularizer(quantizer.soft_rounding(), exponent)
+        return error, weight * penalty
+
+    return objective
+
+
+def autocast(precision: str, device_type: str) -> AbstractContextManager[object]:
+    """Inside, convolutions run in bfloat16 where the precision is `bf16`."""
+    return torch.autocast(device_type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def mixed_input(quantized: Tensor, full: Tensor, rows: Tensor, drop: Drop | None) -> Tensor:
+    """A batch of a unit's input, each element quantized with chance `drop_prob`, else float (QDrop)."""
+    batch = quantized[rows].float()
+    return batch if drop is None else torch.where(drop.mask(), batch, full[rows].float())
+
+
+def places_to_drop(
+    unit: Unit, batches: Batches, drop_prob: float, generator: torch.Generator
+) -> tuple[list[Drop | None], list[Drop | None], Draws]:
+    """Where elements are dropped: at inputs that differ between the networks, and at quantizers.
+
+    Returns:
+        A drop for each input and for each activation quantizer, None where all stay quantized, and
+        the random bytes that they share.
+    """
+    rows = torch.zeros(batches.batch_size, dtype=torch.int64, device=batches.target.device)
+    inputs = [quantized[rows].float() for quantized in batches.quantized]
+    sites = quantizer_inputs(unit.module, inputs)
+    differ = [q is not f for q, f in zip(batches.quantized, batches.full, strict=True)]
+    wanted = drop_prob < 1.0
+    mixed = [x for x, differs in zip(inputs, differ, strict=True) if differs and wanted]
+    draws = Draws([*mixed, *(sites if wanted else [])], generator)
+    drops = iter([Drop(drop_prob, each) for each in draws.bytes])
+    mixing = [next(drops) if differs and wanted else None for differs in differ]
+    inside: list[Drop | None] = [next(drops) if wanted else None for _ in sites]
+    return mixing, inside, draws
+
+
+def schedule(settings: ReconSettings) -> Tensor:
+    """What changes with the step, ``[steps, 3]``: the regulariser's exponent, its weight, `scale_lr`."""
+    lines = []
+    for step in range(settings.iters):
+        exponent = regularizer_exponent(step, settings)
+        weight = 0.0 if exponent is None else settings.weight
+        rate = settings.scale_lr * cosine(step, settings.iters)
+        lines.append((settings.b_range[0] if exponent is None else exponent, weight, rate))
+    return torch.tensor(lines)
+
+
+def regularizer_exponent(step: int, settings: ReconSettings) -> float | None:
+    """The regulariser's exponent b at a step: None during warm-up, then linear over `b_range`."""
+    begin = settings.warm_up * settings.iters
+    if step < begin or settings.iters == begin:
+        return None
+    start, end = settings.b_range
+    return start + (end - start) * (step - begin) / (settings.iters - begin)
+
+
+def cosine(step: int, steps: int) -> float:
+    """Factor of a learning rate that falls from 1 to 0 along half a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def trace_points(steps: int) -> list[int]:
+    """Steps whose losses are kept: evenly spread, and the last."""
+    return sorted({*range(0, steps, max(1, steps // TRACE_POINTS)), steps - 1})
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error summed over channels (axis 1) and averaged over the rest."""
+    total = F.mse_loss(output, target, reduction="sum")
+    return total * (output.shape[1] / output.numel())
+
+
+def batch_order(count: int, batch: int, steps: int, generator: torch.Generator) -> Tensor:
+    """Image indices ``[steps, batch]``: shuffled passes end to end, so each image is used equally often."""
+    batch = min(batch, count)
+    passes = math.ceil(steps * batch / count)
+    orders = [torch.randperm(count, generator=generator, device=generator.device) for _ in range(passes)]
+    return torch.cat(orders)[: steps * batch].view(steps, batch)
+
+
+@contextmanager
+def learning(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside, gradients flow into the given parameters, which otherwise never take any."""
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False).grad = None
+
+
+def start_rounding(module: nn.Module, settings: ReconSettings) -> list[AdaRoundFakeQuantize]:
+    """Make rounding logits for the weights whose rounding is to be learned."""
+    if settings.round_mode == "nearest":
+        return []
+    rounding = []
+    for _, layer in layers(module):
+        if isinstance(layer.weight_quantizer, AdaRoundFakeQuantize):
+            layer.weight_quantizer.start_rounding(layer.weight)
+            rounding.append(layer.weight_quantizer)
+    return rounding
+
+
+@torch.no_grad()
+def unconverged(rounding: list[AdaRoundFakeQuantize]) -> float:
+    """Share of weights whose soft rounding is farther than 0.01 from both 0 and 1."""
+    soft = [q.soft_rounding() for q in rounding]
+    undecided = sum(int(((h > CONVERGED) & (h < 1 - CONVERGED)).sum()) for h in soft)
+    return undecided / max(1, sum(h.numel() for h in soft))
