@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibquant.quantization.drop import Drop
+from calibquant.quantization.drop import Draws
 from calibquant.quantization.fake_quant import (
     QUANTIZERS,
     AdaRoundFakeQuantize,
@@ -120,8 +120,10 @@ def test_a_learned_step_that_turned_negative_still_quantizes():
     assert quantizer.scale.item() == pytest.approx(-0.1)
 
 
-def random_bytes(x):
-    return torch.randint(0, 256, x.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+def dropping(chance, x):
+    draws = Draws([x], chance, torch.Generator().manual_seed(1))
+    draws.refill()
+    return draws.drops[0]
 
 
 @ALL_QUANTIZERS
@@ -130,7 +132,7 @@ def test_forward_changes_no_state_and_not_its_input(name):
     quantizer = calibrated(name, x)
     if isinstance(quantizer, AdaRoundFakeQuantize):
         quantizer.start_rounding(x)
-    quantizer.drop = Drop(0.5, random_bytes(x))
+    quantizer.drop = dropping(0.5, x)
     before = copy.deepcopy(quantizer.state_dict())
     quantizer(x)
     torch.testing.assert_close(quantizer.state_dict(), before, rtol=0, atol=0)
@@ -142,7 +144,7 @@ def test_drop_prob_is_the_chance_to_stay_quantized(chance):
     x = torch.rand(20_000, generator=torch.Generator().manual_seed(0)) + 0.013
     quantizer = calibrated("LSQFakeQuantize", x)
     quantized = quantizer(x)
-    quantizer.drop = Drop(chance, random_bytes(x))
+    quantizer.drop = dropping(chance, x)
     mixed = quantizer(x)
     is_quantized = mixed == quantized
     assert bool((is_quantized | (mixed == x)).all())
@@ -152,7 +154,7 @@ def test_drop_prob_is_the_chance_to_stay_quantized(chance):
 def test_only_the_elements_that_stayed_quantized_teach_the_step():
     x = some_weight()
     quantizer = calibrated("LSQFakeQuantize", x).requires_grad_()
-    quantizer.drop = Drop(0.0, random_bytes(x))
+    quantizer.drop = dropping(0.0, x)
     (gradient,) = torch.autograd.grad(quantizer(x).sum(), quantizer.scale)
     assert gradient == 0
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from calibquant.model.quant_layer import calibrate_weights
 from calibquant.model.quant_resnet import QuantResNet, QuantSpec
 from calibquant.model.resnet import Architecture, ResNet
-from calibquant.quantization.drop import Draws, Drop
+from calibquant.quantization.drop import Draws
 from calibquant.quantization.fake_quant import QuantizerConfig, Role
 from calibquant.quantization.state import (
     calibrating,
@@ -129,9 +129,9 @@ def test_calibrating_on_nan_names_the_quantizer(small):
 def drops(model, chance):
     """A drop for each activation quantizer, with bytes drawn once."""
     sites = quantizer_inputs(model, [images()])
-    draws = Draws(sites, torch.Generator().manual_seed(0))
+    draws = Draws(sites, chance, torch.Generator().manual_seed(0))
     draws.refill()
-    return [Drop(chance, each) for each in draws.bytes]
+    return draws.drops
 
 
 def test_quantizer_inputs_are_what_each_quantizer_is_given_in_their_order(small):

@@ -6,6 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BYTE = 8
+
+
+def chance_as_bits(drop_prob: float) -> tuple[int, int]:
+    """``(bits, threshold)``: so many random bits are below the threshold with that chance, in 1/256."""
+    bits, threshold = BYTE, round(drop_prob * 2**BYTE)
+    while bits and threshold % 2 == 0:
+        bits, threshold = bits - 1, threshold // 2
+    return bits, threshold
+
 
 @dataclass(frozen=True)
 class Drop:
@@ -13,7 +23,8 @@ class Drop:
 
     Attributes:
         drop_prob: QDrop's name for the chance that an element stays *quantized*.
-        draws: random bytes, shaped and laid out as what is quantized, or ending with its rows.
+        draws: random numbers of as many bits as the chance takes, uint8, shaped and laid out as
+            what is quantized; drawn anew for each step.
     """
 
     drop_prob: float
@@ -21,36 +32,45 @@ class Drop:
 
     def mask(self) -> Tensor:
         """Which elements stay quantized this time."""
-        threshold = round(self.drop_prob * 256)
-        if threshold > 255:  # beyond what a byte can be compared with
-            return torch.ones_like(self.draws, dtype=torch.bool)
+        _, threshold = chance_as_bits(self.drop_prob)
         # compiled code compares whole vectors of int32, but single bytes
         draws = self.draws.int() if torch.compiler.is_compiling() else self.draws
         return draws < threshold
 
 
 class Draws:
-    """Random bytes for several tensors, allocated once, so that each refill is one call.
+    """Random numbers for several tensors, allocated once; drawing is what dropping costs on a CPU.
 
-    Eight elements share one 64-bit number: drawing is what dropping costs on a CPU.
+    Eight elements share one 64-bit draw, and a chance of one half takes one bit of each byte only, so
+    that the others serve seven more refills. On a GPU, where drawing is cheap and a captured step
+    cannot count, every refill draws.
 
     Args:
-        likes: dense tensors whose shapes and layouts the bytes take.
+        likes: dense tensors whose shapes and layouts the numbers take.
+        drop_prob: chance that an element stays quantized.
         generator: on the tensors' device.
     """
 
-    def __init__(self, likes: Sequence[Tensor], generator: torch.Generator) -> None:
-        self.generator = generator
-        sizes = [(like.numel() + 7) // 8 for like in likes]
-        self.words = torch.empty(sum(sizes), dtype=torch.int64, device=generator.device)
-        parts = self.words.split(sizes)
-        self.bytes = [
-            part.view(torch.uint8)[: like.numel()].as_strided(
-                like.shape, like.stride(), part.storage_offset() * 8
-            )
-            for part, like in zip(parts, likes, strict=True)
-        ]
+    def __init__(self, likes: Sequence[Tensor], drop_prob: float, generator: torch.Generator) -> None:
+        self.generator, device = generator, generator.device
+        self.bits, _ = chance_as_bits(drop_prob)
+        self.uses = BYTE // max(1, self.bits) if device.type == "cpu" else 1
+        self.used = 0
+        lanes = (2**self.bits - 1) * 0x0101010101010101
+        self.lanes = lanes if lanes < 2**63 else lanes - 2**64  # as a signed number
+        sizes = [(like.numel() + BYTE - 1) // BYTE for like in likes]
+        self.drawn = torch.empty(sum(sizes), dtype=torch.int64, device=device)
+        self.words = torch.empty_like(self.drawn)
+        self.drops = []
+        for part, like in zip(self.words.split(sizes), likes, strict=True):
+            draws = part.view(torch.uint8)[: like.numel()].as_strided(like.shape, like.stride())
+            self.drops.append(Drop(drop_prob, draws))
 
     def refill(self) -> None:
-        """Draw every byte anew."""
-        self.words.random_(torch.iinfo(torch.int64).min, None, generator=self.generator)
+        """Have numbers that were never used before."""
+        use = self.used % self.uses
+        if use == 0:
+            self.drawn.random_(torch.iinfo(torch.int64).min, None, generator=self.generator)
+        torch.bitwise_right_shift(self.drawn, self.bits * use, out=self.words)
+        self.words.bitwise_and_(self.lanes)
+        self.used += 1

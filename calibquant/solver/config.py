@@ -210,7 +210,7 @@ KEYS: list[Key] = [
         "quant.recon.precision",
         RECON["precision"],
         choice("tf32", "fp32", "bf16"),
-        "convolutions of the steps: TF32 where a GPU has it (as published), float32, or bfloat16",
+        "convolutions of the steps: TF32 on a GPU (as published), float32, or bfloat16 where it is faster",
     ),
     Key(
         "quant.recon.cache",

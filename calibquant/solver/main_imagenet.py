@@ -30,6 +30,7 @@ from calibquant.solver.imagenet_util import (
     load_calibration,
     validation_loader,
 )
+from calibquant.solver.learn import bfloat16_pays
 from calibquant.solver.pipeline import (
     calibrate,
     fix_randomness,
@@ -103,7 +104,10 @@ def reconstruct_and_report(
 ) -> None:
     """Reconstruct unit by unit, logging each and keeping the metrics up to date."""
     settings, seed = recon_settings(config), config.process.seed
-    engine = choose_engine(settings.compile, next(model.buffers()).device)
+    device = next(model.buffers()).device
+    engine = choose_engine(settings.compile, device)
+    if settings.precision == "bf16" and not bfloat16_pays(device):
+        logger.warning("quant.recon.precision is bf16, which is slower than float32 here: using float32")
     results = []
     for result in reconstruct(
         model, calibration.images, settings, seed, progress_bar, state, engine=engine

@@ -1,0 +1,237 @@
+"""Seconds of one optimisation step, unit by unit: ours plain and fast, QDrop's own code, and the floor.
+
+python ./benchmarks/speed.py --config ./exp/w4a4/rs50_msra/config.yaml --peer ../QDrop \\
+    --out ./benchmarks/results/speed_cpu.json
+
+`--peer` is the folder of a checkout of github.com/wimh966/QDrop (branch qdrop); nothing of it is
+needed otherwise. All paths learn the same unit from the same images; in each round each path runs some
+steps, in turn, and the median over rounds counts. The floor is the unit's convolutions alone: forward, the
+gradients of all weights, and those of inputs that something learns from.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peer_qdrop import PeerUnits
+from calibquant.model.quant_layer import QuantConv2d, harden
+from calibquant.model.quant_resnet import QuantResNet, Unit
+from calibquant.quantization.state import quantizers
+from calibquant.solver.caches import Activations, UnitData
+from calibquant.solver.config import load_config
+from calibquant.solver.fast import FastEngine
+from calibquant.solver.files import write_json
+from calibquant.solver.imagenet_util import load_calibration
+from calibquant.solver.learn import Engine, Peers, ReconSettings, learn_unit, learning, start_rounding
+from calibquant.solver.pipeline import calibrate, float_model, quantize_model, recon_settings
+from calibquant.solver.recon import (
+    Means,
+    _names_read_before_written,
+    float32_precision,
+    run_batched,
+    store_for,
+    unit_data,
+)
+from calibquant.solver.run_log import versions
+from calibquant.solver.script import choose_device, config_parser, run_script
+
+Runner = Callable[[int], tuple[list[float], float]]
+"""Runs some steps; gives the seconds of each and those of what came before the first."""
+WARM_UP = 2
+"""Steps of each round that do not count: they compile, and bring caches and pages in."""
+
+
+def main() -> None:
+    args = arguments()
+    config = load_config(args.config)
+    device = choose_device(args.device)
+    config.quant.calibrate = args.images
+    model = float_model(config)
+    images = load_calibration(config).images
+    quantized = quantize_model(model.to(device), config)
+    calibrate(quantized, images, config.data.batch_size)
+    peer = PeerUnits(Path(args.peer), model, config, images[:32], device) if args.peer else None
+    settings = replace(recon_settings(config), batch_size=args.batch, iters=0)
+    rows = [
+        measure(unit, data, settings, device, peer, args)
+        for unit, data in units_with_data(quantized, images, settings, device, args.units)
+    ]
+    rows.append(in_all(rows))
+    print(table(rows))
+    if args.out:
+        command = " ".join(["python", *sys.argv])
+        about = {"command": command, "machine": machine(device), "versions": versions()}
+        write_json(Path(args.out), about | {"batch": args.batch, "steps": args.steps, "units": rows})
+
+
+def units_with_data(
+    model: QuantResNet, images: Tensor, settings: ReconSettings, device: torch.device, wanted: str
+) -> Iterable[tuple[Unit, UnitData]]:
+    """Each wanted unit, not yet hardened, and what it learns from."""
+    store = store_for(settings, device)
+    means = Means(settings, device, store)
+    activations = Activations(images.to(device).contiguous(memory_format=torch.channels_last))
+    units = model.units("block")
+    for index, unit in enumerate(units):
+        data = unit_data(unit, activations, means)
+        if wanted == "all" or unit.name in wanted.split(","):
+            yield unit, data
+        harden(unit.module)
+        over = activations.place(unit, data.target)
+        output = run_batched(unit.module, data.quantized, settings.batch_size, device, store, over)
+        activations.write(unit, output, data.target, _names_read_before_written(units[index + 1 :]))
+
+
+def measure(
+    unit: Unit,
+    data: UnitData,
+    settings: ReconSettings,
+    device: torch.device,
+    peer: PeerUnits | None,
+    args: argparse.Namespace,
+) -> dict[str, object]:
+    """Median seconds of a step on each path; the paths take turns."""
+    narrow = replace(settings, precision="bf16")
+    paths: dict[str, Runner] = {
+        "floor": lambda steps: floor(unit, data, settings, steps),
+        "plain": lambda steps: ours(unit, data, settings, Engine(), device, steps),
+        "fast": lambda steps: ours(unit, data, settings, FastEngine(always=True), device, steps),
+        "fast_bf16": lambda steps: ours(unit, data, narrow, FastEngine(always=True), device, steps),
+    }
+    if peer is not None:
+        paths["peer"] = lambda steps: peer.steps(unit.name, data, settings, steps)
+    medians: dict[str, list[float]] = {name: [] for name in paths}
+    before: dict[str, list[float]] = {name: [] for name in paths}
+    for _ in range(args.rounds):
+        for name, path in paths.items():
+            seconds, first = path(args.steps + WARM_UP)
+            medians[name].append(statistics.median(seconds[WARM_UP:]))
+            before[name].append(first)
+    row: dict[str, object] = {"unit": unit.name}
+    row |= {name: statistics.median(values) for name, values in medians.items()}
+    row["first_step_fast"] = before["fast"][0]
+    print(json.dumps(row), flush=True)
+    return row
+
+
+class StepTimer:
+    """A progress display that notes when steps begin and end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+
+    def __call__(self, name: str, steps: int) -> Iterable[int]:
+        for step in range(steps):
+            began = time.perf_counter()
+            yield step
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds.append(time.perf_counter() - began)
+
+
+def ours(
+    unit: Unit, data: UnitData, settings: ReconSettings, engine: Engine, device: torch.device, steps: int
+) -> tuple[list[float], float]:
+    """Our own loop, on a copy of the unit."""
+    timer = StepTimer(device)
+    fresh = Unit(unit.name, copy.deepcopy(unit.module), unit.reads, unit.writes)
+    generator = torch.Generator(device).manual_seed(0)
+    with float32_precision(settings.precision):
+        learn_unit(fresh, data, replace(settings, iters=steps), generator, timer, engine, Peers())
+    return timer.seconds, timer.seconds[0]
+
+
+def floor(unit: Unit, data: UnitData, settings: ReconSettings, steps: int) -> tuple[list[float], float]:
+    """The unit's convolutions alone, on tensors of the same shapes and layouts."""
+    module = copy.deepcopy(unit.module)
+    device = next(module.buffers()).device
+    calls: list[tuple[QuantConv2d, Tensor, bool]] = []
+
+    def note(layer: nn.Module, args: tuple[Tensor, ...], _out: Tensor) -> None:
+        assert isinstance(layer, QuantConv2d)
+        calls.append((layer, args[0].detach(), args[0].requires_grad))
+
+    convolutions = [m for m in module.modules() if isinstance(m, QuantConv2d)]
+    logits = [q.logits for q in start_rounding(module, replace(settings, iters=1)) if q.logits is not None]
+    for convolution in convolutions:
+        convolution.register_forward_hook(note)
+    inputs = [x[: settings.batch_size].to(device).float() for x in data.quantized]
+    qparams = [p for _, q in quantizers(module) for p in q.learned_qparams()]
+    with learning([*logits, *qparams]):
+        module(*inputs)
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        for layer, x, wants_input in calls:
+            y = layer.operate(x, layer.weight)
+            torch.ops.aten.convolution_backward(
+                y, x, layer.weight, None, layer.stride, layer.padding, (1, 1), False, (0, 0), layer.groups,
+                [wants_input, True, False],
+            )  # fmt: skip
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return seconds, seconds[0]
+
+
+def in_all(rows: list[dict[str, object]]) -> dict[str, object]:
+    """Sums over the units."""
+    names = [name for name in rows[0] if name != "unit"]
+    return {"unit": "all"} | {name: sum(float(str(row[name])) for row in rows) for name in names}
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Milliseconds of a step as a Markdown table, and how much faster than the peer each path is."""
+    paths = [name for name in rows[0] if name not in ("unit", "first_step_fast")]
+    lines = ["| unit | " + " | ".join(f"{p}, ms" for p in paths) + " |", "|---" * (len(paths) + 1) + "|"]
+    for row in rows:
+        cells = []
+        for path in paths:
+            value, cell = float(str(row[path])), f"{1e3 * float(str(row[path])):.1f}"
+            if "peer" in row and path != "peer":
+                cell += f" ({float(str(row['peer'])) / max(value, 1e-9):.1f}x)"
+            cells.append(cell)
+        lines.append(f"| {row['unit']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """What it ran on."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    described: dict[str, object] = {"cpu": cpu, "threads": torch.get_num_threads()}
+    described["instructions"] = torch.backends.cpu.get_cpu_capability()
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def arguments() -> argparse.Namespace:
+    parser = config_parser(__doc__)
+    parser.add_argument("--peer", help="folder of a checkout of QDrop")
+    parser.add_argument("--units", default="all", help="names, separated by commas")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3, help="steps of each round that count")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", help="JSON file for the result")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_script(main)
