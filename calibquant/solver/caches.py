@@ -60,16 +60,15 @@ class Store:
 
 
 class FileStore(Store):
-    """Tensors in files of a temporary folder, mapped into memory; gone with the store."""
+    """Tensors in memory-mapped files of a folder, unlinked at once: their space goes back with them."""
 
-    def __init__(self, dtype: torch.dtype, folder: Path | None = None) -> None:
+    def __init__(self, dtype: torch.dtype, folder: Path) -> None:
         super().__init__(torch.device("cpu"), dtype)
-        self._folder = tempfile.TemporaryDirectory(prefix="calibquant_", dir=folder)
+        self.folder = folder
 
     def _allocate(self, count: int, dtype: torch.dtype) -> Tensor:
-        with tempfile.NamedTemporaryFile(dir=self._folder.name) as file:  # space goes back with the tensor
-            size = count * dtype.itemsize
-            file.truncate(size)
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="activations_", suffix=".tmp") as file:
+            file.truncate(count * dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
 
 

@@ -1,0 +1,148 @@
+"""Where the cached activations of a run go: an estimate before it starts, against what the machine has."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calibquant.errors import UserError
+from calibquant.model.quant_resnet import QuantResNet
+from calibquant.quantization.state import quantizer_inputs
+from calibquant.solver.caches import CACHE_TYPES, FileStore, Store
+from calibquant.solver.learn import ReconSettings
+
+logger = logging.getLogger("calibquant")
+
+SPARE = 0.9
+"""Share of what is free that a run may take."""
+TENSORS_PER_SITE = 4
+"""Tensors of a step for each quantizer and each input: value, output, gradient, one in passing."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that reconstruction will take at its most demanding unit.
+
+    Attributes:
+        caches: activations of all images.
+        step: one optimisation step, on the working device.
+    """
+
+    caches: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that are free: on the working device, in host memory, and on disk."""
+
+    device: int
+    host: int
+    disk: int
+
+
+@torch.no_grad()
+def estimate(model: QuantResNet, image: Tensor, count: int, settings: ReconSettings) -> Need:
+    """What reconstruction will take, from the shapes that one image has on its way.
+
+    Args:
+        image: ``[1, 3, H, W]`` on the model's device.
+        count: number of calibration images.
+    """
+    size = CACHE_TYPES[settings.cache].itemsize
+    here = {"x": image}
+    stored = {"x": image.numel() * image.element_size()}  # of both networks: the images are shared
+    caches = step = 0
+    units = model.units(settings.granularity)
+    for index, unit in enumerate(units):
+        inputs = [here[name] for name in unit.reads]
+        sites = quantizer_inputs(unit.module, inputs)
+        elements = sum(x.numel() for x in (*inputs, *sites))
+        step = max(step, TENSORS_PER_SITE * 4 * settings.batch_size * elements)
+        out = unit.module(*inputs)
+        target = out.numel() * size
+        over = unit.writes in unit.reads and out.shape == here[unit.writes].shape and index > 0
+        caches = max(caches, sum(stored.values()) + target + (0 if over else target))
+        here[unit.writes], stored[unit.writes] = out, 2 * target
+        still_read = {name for later in units[index + 1 :] for name in later.reads}
+        stored = {name: bytes_ for name, bytes_ in stored.items() if name in still_read}
+    return Need(caches * count, step)
+
+
+def room(device: torch.device, folder: Path) -> Room:
+    """What is free now on a device, in host memory (its control group's limit counts) and in a folder."""
+    host = _host_memory()
+    on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
+    return Room(on_device, host, shutil.disk_usage(folder).free)
+
+
+def choose_store(
+    model: QuantResNet,
+    images: Tensor,
+    settings: ReconSettings,
+    folder: Path,
+    free: Callable[[torch.device, Path], Room] = room,
+) -> Store:
+    """The fastest place that holds the caches: the device, host memory, or files in a folder.
+
+    Args:
+        images: calibration images ``[N, 3, H, W]``.
+        folder: for memory-mapped files, should they be needed.
+        free: tells what is free.
+
+    Raises:
+        UserError: a step does not fit on the device, or the caches fit nowhere.
+    """
+    device, dtype = next(model.buffers()).device, CACHE_TYPES[settings.cache]
+    need = estimate(model, images[:1].to(device), len(images), settings)
+    have = free(device, folder)
+    on_gpu, cpu = device.type == "cuda", torch.device("cpu")
+    logger.info("memory: activations %s, a step %s", _size(need.caches), _size(need.step))
+    if need.step > SPARE * have.device:
+        raise UserError(
+            f"a step of quant.recon.batch_size {settings.batch_size} needs about {_size(need.step)}, "
+            f"{_size(have.device)} are free on {device}; lower quant.recon.batch_size"
+        )
+    if on_gpu and settings.keep_gpu:
+        if need.caches + need.step <= SPARE * have.device:
+            return Store(device, dtype)
+        logger.warning("%s are free on the GPU: activations stay in host memory", _size(have.device))
+    if need.caches + (0 if on_gpu else need.step) <= SPARE * have.host:
+        return Store(cpu, dtype, pinned=on_gpu)
+    if need.caches <= SPARE * have.disk:
+        logger.warning(
+            "%s are free in host memory: activations go to files in %s, which is slower",
+            _size(have.host),
+            folder,
+        )
+        return FileStore(dtype, folder)
+    raise UserError(
+        f"activations of quant.calibrate {len(images)} images need about {_size(need.caches)}; "
+        f"free are {_size(have.device)} on {device}, {_size(have.host)} of host memory and "
+        f"{_size(have.disk)} on disk; lower quant.calibrate"
+    )
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def _host_memory() -> int:
+    """Free host memory in bytes, as far as Linux tells; elsewhere practically unlimited."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return 2**50
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        words = [Path(name).read_text().strip() if Path(name).exists() else "" for name in (limit, used)]
+        if words[0].isdigit() and words[1].isdigit():
+            free = min(free, max(0, int(words[0]) - int(words[1])))
+    return free

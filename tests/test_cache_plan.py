@@ -1,0 +1,121 @@
+"""Cached activations: what a run takes, the place chosen for them, and that the place does not matter."""
+
+import weakref
+
+import pytest
+import torch
+
+from calibquant.errors import UserError
+from calibquant.solver.cache_plan import Room, choose_store, estimate, room
+from calibquant.solver.caches import FileStore, Store, UnitData, batches_of, run_batched, staged_batches
+from calibquant.solver.pipeline import recon_settings
+from calibquant.solver.recon import reconstruct
+from tests.small import calibrated_model, small_config
+
+IMAGES = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+class CountingStore(Store):
+    """Knows how many bytes of its tensors were alive at most."""
+
+    alive = peak = 0
+
+    def _allocate(self, count, dtype):
+        tensor = super()._allocate(count, dtype)
+        size = count * dtype.itemsize
+        weakref.finalize(tensor.untyped_storage(), self._free, size)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        return tensor
+
+    def _free(self, size):
+        self.alive -= size
+
+
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+@pytest.mark.parametrize("cache", ["fp16", "fp32"])
+def test_the_estimate_is_what_a_run_takes(granularity, cache):
+    config = small_config(quant__recon__granularity=granularity, quant__recon__cache=cache)
+    model, settings = calibrated_model(config, IMAGES), recon_settings(config)
+    need = estimate(model, IMAGES[:1], len(IMAGES), settings)
+    store = CountingStore(CPU, {"fp16": torch.float16, "fp32": torch.float32}[cache])
+    list(reconstruct(model, IMAGES, settings, 7, store=store))
+    images = IMAGES.numel() * 4
+    assert store.peak <= need.caches <= store.peak + images
+
+
+def small_model(**changes):
+    config = small_config(**changes)
+    return calibrated_model(config, IMAGES), recon_settings(config)
+
+
+def test_a_file_store_gives_the_same_network_and_leaves_no_file(tmp_path):
+    networks = []
+    for store in (Store(CPU, torch.float16), FileStore(torch.float16, tmp_path)):
+        model, settings = small_model(quant__recon__iters=20)
+        list(reconstruct(model, IMAGES, settings, 7, store=store))
+        networks.append(model.state_dict())
+        assert list(tmp_path.iterdir()) == []
+    assert all(torch.equal(a, networks[1][name]) for name, a in networks[0].items())
+
+
+@pytest.mark.parametrize(
+    ("host", "disk", "kind"), [(10 * GIB, 0, Store), (0.02 * GIB, 10 * GIB, FileStore), (0, 10 * GIB, None)]
+)
+def test_too_little_memory_leads_to_files_and_then_to_one_clear_line(tmp_path, host, disk, kind):
+    model, settings = small_model()
+
+    def free(_device, _folder):
+        return Room(device=host, host=int(need.step * 1.2) if kind is FileStore else host, disk=disk)
+
+    many = IMAGES[:1].expand(100_000, 3, 16, 16)
+    need = estimate(model, many[:1], len(many), settings)
+    if kind is Store:
+        many = IMAGES
+    if kind is None:
+        with pytest.raises(UserError, match=r"quant\.recon\.batch_size 8 needs about"):
+            choose_store(model, many, settings, tmp_path, free)
+    else:
+        assert type(choose_store(model, many, settings, tmp_path, free)) is kind
+
+
+def test_no_room_anywhere_is_one_line_that_names_the_key(tmp_path):
+    model, settings = small_model()
+    many = IMAGES[:1].expand(1_000_000, 3, 16, 16)
+    with pytest.raises(UserError, match=r"quant\.calibrate 1000000 images .* lower quant\.calibrate"):
+        choose_store(model, many, settings, tmp_path, lambda *_: Room(GIB, GIB, GIB))
+
+
+def test_what_is_free_is_asked_of_the_machine(tmp_path):
+    free = room(CPU, tmp_path)
+    assert 2**20 < free.host < 2**50 and free.device == free.host and free.disk > 0
+
+
+def test_values_beyond_float16_are_kept_in_float32():
+    x = torch.rand(10, 4, 3, 3)
+    store = Store(CPU, torch.float16)
+    modest = run_batched(lambda t: t * 100, [x], 4, CPU, store)
+    assert modest.dtype == torch.float16
+    x[9] = 1000
+    large = run_batched(lambda t: t * 100, [x], 4, CPU, store)
+    assert large.dtype == torch.float32
+    torch.testing.assert_close(large, x * 100, atol=0.1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_staged_batches_hold_the_rows_of_each_step(shared):
+    x, y, target = (torch.randn(20, 2, 4, 4) for _ in range(3))
+    data = UnitData([x], [x if shared else y], target)
+    order = torch.randint(0, 20, (7, 5))
+    plain, counter = batches_of(data, order, CPU), torch.zeros(1, dtype=torch.int64)
+    with staged_batches(data, order, CPU) as staged:
+        assert (staged.quantized[0] is staged.full[0]) == shared
+        for step in range(7):
+            staged.stage(step)
+            rows, wanted = staged.rows(counter), plain.rows(counter)
+            assert torch.equal(staged.quantized[0][rows], x[wanted])
+            assert torch.equal(staged.full[0][rows], (x if shared else y)[wanted])
+            assert torch.equal(staged.target[rows], target[wanted])
+            counter += 1

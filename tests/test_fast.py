@@ -1,0 +1,117 @@
+"""The fast path: the losses and the network of the plain one, and a plain word where it cannot run."""
+
+import pytest
+import torch
+
+from calibquant.model.quant_layer import layers
+from calibquant.solver import fast, learn
+from calibquant.solver.caches import staged_batches
+from calibquant.solver.fast import FastEngine, choose_engine
+from calibquant.solver.learn import Engine
+from calibquant.solver.pipeline import recon_settings
+from calibquant.solver.recon import reconstruct
+from tests.small import calibrated_model, small_config
+
+IMAGES = torch.randn(13, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+CPU = torch.device("cpu")
+
+
+class ChosenUnits(FastEngine):
+    """Compiles only units of some names: compiling takes seconds each."""
+
+    def __init__(self, count):
+        super().__init__(always=True)
+        self.left = count
+
+    def objective(self, objective, work, device):
+        self.left -= 1
+        return super().objective(objective, work, device) if self.left >= 0 else objective
+
+
+def run(engine, **changes):
+    config = small_config(
+        quant__w_qconfig__bit=2, quant__recon__iters=60, quant__recon__weight=1e-3, **changes
+    )
+    model = calibrated_model(config, IMAGES)
+    return model, list(reconstruct(model, IMAGES, recon_settings(config), seed=7, engine=engine))
+
+
+def assert_same_road(plain, fast_results, tolerance=1e-3):
+    for a, b in zip(plain, fast_results, strict=True):
+        assert [p.step for p in a.trace] == [p.step for p in b.trace]
+        for p, q in zip(a.trace, b.trace, strict=True):
+            assert q.reconstruction == pytest.approx(p.reconstruction, rel=tolerance), (a.name, p.step)
+            assert q.rounding == pytest.approx(p.rounding, rel=tolerance), (a.name, p.step)
+        assert b.error_after == pytest.approx(a.error_after, rel=5e-2), a.name
+
+
+@pytest.mark.parametrize(
+    ("arch", "count", "changes"),
+    [
+        ("resnet18", 4, {}),  # stem, basic blocks with and without a projection
+        ("resnet50", 2, {"quant__a_qconfig__quantizer": "LSQPlusFakeQuantize"}),  # stem, bottleneck
+    ],
+)
+def test_compiled_steps_follow_the_plain_ones_on_every_type_of_unit(arch, count, changes):
+    changes = {"model__type": arch, "model__kwargs__base_width": 64 if arch == "resnet50" else 4} | changes
+    changes |= {"quant__recon__iters": 20} if arch == "resnet50" else {}
+    model, plain = run(Engine(), **{k: v for k, v in changes.items() if k != "quant__recon__iters"})
+    compiled_model, compiled = run(
+        ChosenUnits(count), **{k: v for k, v in changes.items() if k != "quant__recon__iters"}
+    )
+    assert_same_road(plain[:count], compiled[:count])
+    same = total = 0
+    for (_, a), (_, b) in zip(layers(model)[:4], layers(compiled_model)[:4], strict=True):
+        same += int((a.weight_quantizer.codes == b.weight_quantizer.codes).sum())
+        total += a.weight.numel()
+    assert same / total > 0.995
+
+
+def test_staged_caches_take_the_same_road_as_resident_ones(monkeypatch):
+    _, resident = run(Engine())
+    monkeypatch.setattr(learn, "batches_of", staged_batches)
+    _, staged = run(Engine())
+    assert [r.trace for r in staged] == [r.trace for r in resident]
+
+
+def test_without_a_compiler_the_plain_path_runs_and_one_line_says_so(monkeypatch, caplog):
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("No working C++ compiler found\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with caplog.at_level("WARNING", logger="calibquant"):
+        engine = choose_engine("auto", CPU)
+    assert type(engine) is Engine
+    assert [r.getMessage() for r in caplog.records] == [
+        "steps run uncompiled, several times slower: No working C++ compiler found"
+    ]
+    assert type(choose_engine("never", CPU)) is Engine
+
+
+def test_small_work_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *_a, **_k: pytest.fail("compiled"))
+    engine = FastEngine()
+    honest = object()
+    assert engine.objective(honest, fast.WORTH_COMPILING["cpu"] / 2, CPU) is honest
+
+
+def test_bfloat16_steps_lower_the_error_where_the_machine_has_them(monkeypatch):
+    monkeypatch.setattr(learn, "bfloat16_pays", lambda _device: True)
+    _, narrow = run(Engine(), quant__recon__precision="bf16")
+    _, wide = run(Engine())
+    for a, b in zip(narrow, wide, strict=True):
+        assert a.error_after <= a.error_before
+        assert a.error_after == pytest.approx(b.error_after, rel=0.3), a.name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("keep_gpu", [True, False])
+def test_captured_steps_follow_the_plain_ones(keep_gpu):
+    changes = {"quant__recon__precision": "fp32", "quant__recon__keep_gpu": keep_gpu}
+    results = []
+    for engine in (Engine(), FastEngine(always=True)):
+        config = small_config(quant__w_qconfig__bit=2, quant__recon__iters=60, **changes)
+        model = calibrated_model(config, IMAGES).cuda()
+        results.append(list(reconstruct(model, IMAGES, recon_settings(config), seed=7, engine=engine)))
+    assert_same_road(*results, tolerance=1e-2)
