@@ -78,7 +78,7 @@ def test_the_whole_networks_cost_is_that_of_calibrated_ranges():
     config = small(quant__w_qconfig__bit=3)
     probe = probe_of(config)
     assert all(m.cost.kl >= 0 for m in probe.sweep([Bits(2, 4), Bits(3, 4)]))
-    cost = probe.network_cost({unit.name: Bits(3, 4) for unit in probe.units})
+    cost = probe.network_cost(dict.fromkeys(probe.names, Bits(3, 4)))
     kl, agreement = kl_and_agreement(calibrated_model(config, IMAGES), random_float_model(config))
     assert cost.kl == pytest.approx(kl, rel=1e-3) and cost.agreement == pytest.approx(agreement)
 
@@ -88,7 +88,7 @@ def test_images_to_measure_may_be_others_than_those_to_calibrate_and_have_labels
     other = IMAGES.flip(0) * 1.5
     probe = probe_of(config, measured=list(other.split(8)), targets=list(TARGETS.split(8)))
     (*_, last) = probe.sweep([Bits(2, 2)])
-    cost = probe.network_cost({unit.name: Bits(2, 2) for unit in probe.units})
+    cost = probe.network_cost(dict.fromkeys(probe.names, Bits(2, 2)))
     config.quant.w_qconfig.bit = config.quant.a_qconfig.bit = 2
     model = calibrated_model(config, IMAGES)
     kl, _ = kl_and_agreement(model, random_float_model(config), other)
@@ -154,8 +154,7 @@ def test_overrides_of_an_assignment_give_the_network_that_was_measured(granulari
     probe = probe_of(config, granularity)
     candidates = [Bits(2, 4), Bits(3, 5)]
     found = list(probe.sweep(candidates))
-    names = [unit.name for unit in probe.units]
-    assignment = {name: candidates[place % 2] for place, name in enumerate(names)}
+    assignment = {name: candidates[place % 2] for place, name in enumerate(probe.names)}
     cost = probe.network_cost(assignment)
     mixed = plain(config)
     overrides = assignment_overrides(probe, assignment, Bits(4, 4))

@@ -5,8 +5,10 @@ what units cost one at a time adds up when all are quantized. Under it the best 
 with one choice per unit, solved exactly here.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from calibquant.model.quant_layer import layers
 from calibquant.model.quant_resnet import QuantResNet, Unit
 from calibquant.quantization.fake_quant import FakeQuantize, Role
 from calibquant.quantization.state import quantizers
-from calibquant.solver.probe import Bits, Probe
+from calibquant.solver.probe import Bits, Measurement, Probe
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,19 @@ def best_choices(units: list[list[Choice]], limit: int) -> list[int]:
         chosen.append(int(picks[state]))
         state = int(parents[state])
     return chosen[::-1]
+
+
+def best_assignment(measurements: list[Measurement], budget: float) -> list[Measurement]:
+    """One measurement per unit: those of least summed KL within ``budget`` bits per weight on average.
+
+    Raises:
+        ValueError: the budget is below the fewest bits possible.
+    """
+    options = [list(of_unit) for _, of_unit in groupby(measurements, key=lambda m: m.unit)]
+    weights = sum(of_unit[0].weights for of_unit in options)
+    choices = [[Choice(m.weight_bits, m.cost.kl) for m in of_unit] for of_unit in options]
+    picks = best_choices(choices, math.floor(budget * weights + 1e-6))  # but for a product's rounding
+    return [of_unit[pick] for of_unit, pick in zip(options, picks, strict=True)]
 
 
 def fewest_bits_per_weight(

@@ -134,6 +134,11 @@ class Probe:
             logits = [run_units(self.units, batch)["x"] for batch in self.measured]
         self.reference = Reference(logits, targets)
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the units, in dataflow order."""
+        return [unit.name for unit in self.units]
+
     def settings(self, unit: Unit, bits: Bits) -> dict[FakeQuantize, int]:
         """A unit's quantizers that act where these bits are tried, each with its own bits."""
         roles = [(quantizer, bits.of(quantizer.role)) for _, quantizer in quantizers(unit.module)]

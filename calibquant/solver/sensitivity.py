@@ -29,9 +29,8 @@ from tqdm import tqdm
 
 from calibquant.errors import UserError
 from calibquant.solver.bit_budget import (
-    Choice,
     assignment_overrides,
-    best_choices,
+    best_assignment,
     fewest_bits_per_weight,
 )
 from calibquant.solver.config import check_config, load_config, plain
@@ -96,7 +95,7 @@ def analyse(config: EasyDict, plan: Plan, device: torch.device, run: RunLog) -> 
         probe = make_probe(config, plan, device, run)
     with run.stage("measure"):
         measurements = measure(probe, plan.candidates, run)
-    uniform = {bits: probe.network_cost({u.name: bits for u in probe.units}) for bits in plan.candidates}
+        uniform = {b: probe.network_cost(dict.fromkeys(probe.names, b)) for b in plan.candidates}
     ranked = ranking(measurements)
     for line in table(ranked, measurements, uniform):
         logger.info("%s", line)
@@ -136,7 +135,9 @@ def load_labelled(config: EasyDict, count: int) -> tuple[Tensor, Tensor]:
     """
     samples = validation_loader(config).dataset.samples  # type: ignore[attr-defined]
     generator = torch.Generator().manual_seed(config.process.seed)
-    chosen = torch.randperm(len(samples), generator=generator)[:count].sort().values.tolist()
+    chosen = (
+        torch.randperm(len(samples), generator=generator)[: min(count, len(samples))].sort().values.tolist()
+    )
     loader = make_loader([samples[index] for index in chosen], evaluation_transform(config.data), config)
     images, targets = [], []
     for batch in batches(loader, "read val"):
@@ -171,13 +172,8 @@ def keep_budget(
         UserError: the config cannot be written.
     """
     assert plan.budget is not None
-    names = [unit.name for unit in probe.units]
-    options = [[m for m in measurements if m.unit == name] for name in names]
-    weights = sum(of_unit[0].weights for of_unit in options)
-    choices = [[Choice(m.weight_bits, m.cost.kl) for m in of_unit] for of_unit in options]
-    picks = best_choices(choices, math.floor(plan.budget * weights))
-    chosen = [of_unit[pick] for of_unit, pick in zip(options, picks, strict=True)]
-    average = sum(m.weight_bits for m in chosen) / weights
+    chosen = best_assignment(measurements, plan.budget)
+    average = sum(m.weight_bits for m in chosen) / sum(m.weights for m in chosen)
     predicted = sum(m.cost.kl for m in chosen)
     assignment = {m.unit: m.bits for m in chosen}
     cost = probe.network_cost(assignment)
@@ -192,15 +188,13 @@ def keep_budget(
     path = run.folder / "mixed.yaml"
     write_config(path, config, overrides, words)
     logger.info("python ./calibquant/solver/main_imagenet.py --config %s", path)
-    run.record(
-        budget={
-            "bits_per_weight": average,
-            "predicted_kl": predicted,
-            "cost": asdict(cost),
-            "assignment": {name: str(bits) for name, bits in assignment.items()},
-            "config": str(path),
-        }
-    )
+    found = {
+        "bits_per_weight": average,
+        "predicted_kl": predicted,
+        "cost": asdict(cost),
+        "config": str(path),
+    }
+    run.record(budget=found | {"assignment": {name: str(bits) for name, bits in assignment.items()}})
 
 
 def write_config(path: Path, config: EasyDict, overrides: list[dict[str, Any]], words: str) -> None:
@@ -227,7 +221,8 @@ def check_arguments(args: argparse.Namespace, config: EasyDict) -> Plan:
         UserError: an option is wrong; one line names it and what is allowed.
     """
     quant = config.quant
-    candidates = parse_bits(args.bits or f"w{quant.w_qconfig.bit}a{quant.a_qconfig.bit}")
+    usual = f"w{quant.w_qconfig.bit}a{quant.a_qconfig.bit}"
+    candidates = parse_bits(usual if args.bits is None else args.bits)
     for option, value, least in (("--images", args.images, 1), ("--val", args.val, 0)):
         if value < least:
             raise UserError(f"{option} is {value}, allowed is an integer of at least {least}")
