@@ -9,7 +9,7 @@ from calibquant.errors import UserError
 from calibquant.model.quant_layer import harden, layers
 from calibquant.quantization.fake_quant import IntegerWeight
 from calibquant.quantization.state import quantizers
-from calibquant.solver.checkpoint import load_checkpoint, require_agreement, save_checkpoint
+from calibquant.solver.checkpoint import checksum, load_checkpoint, require_agreement, save_checkpoint
 from calibquant.solver.config import check_config, config_name, load_config, plain
 from calibquant.solver.pipeline import float_model_on_meta, quantize_model
 from calibquant.solver.resume import identity
@@ -161,3 +161,18 @@ def test_an_unfinished_run_of_other_overrides_is_not_continued():
     model, cpu = random_float_model(config()), torch.device("cpu")
     first, second = (identity(config(*some), model, "", cpu) for some in (MIXED, MIXED[:1]))
     assert [key for key in first if first[key] != second[key]] == ["config quant.overrides"]
+
+
+def test_a_file_from_before_there_were_overrides_is_still_read(tmp_path):
+    uniform = config()
+    model = calibrated_model(uniform, IMAGES)
+    harden(model)
+    path = save_checkpoint(model, uniform, {}, tmp_path)
+    content = torch.load(path, weights_only=True)
+    del content["config"]["quant"]["overrides"]
+    content["checksum"] = checksum(content)
+    torch.save(content, path)
+    loaded, found, _ = load_checkpoint(path)
+    require_agreement(uniform, found, path)
+    with torch.no_grad():
+        assert torch.equal(loaded(IMAGES), model(IMAGES))

@@ -33,7 +33,8 @@ def best_choices(units: list[list[Choice]], limit: int) -> list[int]:
 
     Dynamic programming over the units that keeps, of all partial assignments, those that no other beats
     in both bits and cost (Nemhauser and Ullmann 1969): exact, without rounding bits to steps. There are no
-    more of them than distinct sums of bits; a ResNet's are multiples of thousands, so some ten thousands.
+    more of them than distinct sums of bits, of which a ResNet, whose layers are multiples of each other,
+    has few: its 156 layers at 7 bit-widths take seconds.
 
     Raises:
         ValueError: even each unit's fewest bits exceed the limit.
