@@ -120,9 +120,12 @@ def make_probe(config: EasyDict, plan: Plan, device: torch.device, run: RunLog) 
     run.record(calibration=calibration.manifest())
     size = config.data.batch_size
     images = list(calibration.images.to(device).split(size))
+    count = len(calibration.images)
     if not plan.val:
+        logger.info("ranges and costs from %d calibration images", count)
         return Probe(model, plan.granularity, special, images)
     measured, targets = load_labelled(config, plan.val)
+    logger.info("ranges from %d calibration images, costs from %d of val", count, len(measured))
     labelled = list(measured.to(device).split(size)), list(targets.to(device).split(size))
     return Probe(model, plan.granularity, special, images, *labelled)
 
