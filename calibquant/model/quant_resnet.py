@@ -7,6 +7,8 @@ the logits are not (QDrop, Wei et al. 2022).
 
 from dataclasses import dataclass
 from enum import Enum
+from fnmatch import fnmatchcase
+from itertools import takewhile
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from calibquant.model.quant_layer import QuantConv2d, QuantLayer, QuantLinear
 from calibquant.model.resnet import ResidualBlock, ResNet
 from calibquant.quantization.fake_quant import FakeQuantize, QuantizerConfig, Role
+from calibquant.quantization.state import quantizers
 
 
 class End(Enum):
@@ -26,12 +29,22 @@ class End(Enum):
 
 
 @dataclass(frozen=True)
+class Override:
+    """Other bit-widths for the units and layers whose name fits a shell-style pattern; None keeps them."""
+
+    match: str
+    w_bit: int | None = None
+    a_bit: int | None = None
+
+
+@dataclass(frozen=True)
 class QuantSpec:
-    """How weights and activations are quantized, and which ends stay at 8 bits."""
+    """How weights and activations are quantized, which ends stay at 8 bits, and what differs by name."""
 
     weight: QuantizerConfig
     activation: QuantizerConfig
     ends_8bit: frozenset[End]
+    overrides: tuple[Override, ...] = ()
 
     def weight_quantizer(self) -> FakeQuantize:
         return self.weight.build(Role.WEIGHT)
@@ -130,7 +143,11 @@ class QuantClassifier(nn.Module):
 
 
 class QuantResNet(nn.Module):
-    """A ResNet with batch norm folded and quantizers where the module's docstring says."""
+    """A ResNet with batch norm folded and quantizers where the module's docstring says.
+
+    Raises:
+        ValueError: an override fits no unit and no layer, or none with what it wants to change.
+    """
 
     def __init__(self, model: ResNet, spec: QuantSpec) -> None:
         super().__init__()
@@ -138,8 +155,37 @@ class QuantResNet(nn.Module):
         self.block_names = [name for name, _ in model.blocks()]
         self.blocks = nn.ModuleList(QuantResidualBlock(b, spec) for _, b in model.blocks())
         self.classifier = QuantClassifier(model, spec)
-        for end in spec.ends_8bit:
-            self._end_quantizer(end).set_bits(8)
+        for quantizer, bits in self.special_bits(spec):
+            quantizer.set_bits(bits)
+
+    def special_bits(self, spec: QuantSpec) -> list[tuple[FakeQuantize, int]]:
+        """Quantizers that the spec names apart from the rest, with their bits; the last mention counts."""
+        special = [(self._end_quantizer(end), 8) for end in spec.ends_8bit]
+        for override in spec.overrides:
+            special += self._overridden(override)
+        return special
+
+    def _overridden(self, override: Override) -> list[tuple[FakeQuantize, int]]:
+        every = [*self.units("block"), *self.units("layer")]
+        units = [unit for unit in every if fnmatchcase(unit.name, override.match)]
+        if not units:
+            nearest = sorted(
+                (unit.name for unit in every), key=lambda n: -_common_start(n, override.match)
+            )[:3]
+            raise ValueError(f"{override.match} fits no unit or layer; nearest are {', '.join(nearest)}")
+        found: list[tuple[FakeQuantize, int]] = []
+        for role, bits in ((Role.WEIGHT, override.w_bit), (Role.ACTIVATION, override.a_bit)):
+            if bits is None:
+                continue
+            fitting = [
+                (quantizer, bits) for unit in units for _, quantizer in quantizers(unit.module, role)
+            ]
+            if not fitting:
+                raise ValueError(
+                    f"{override.match} fits {units[0].name}, which has no {role.value} to quantize"
+                )
+            found += fitting
+        return found
 
     def _end_quantizer(self, end: End) -> FakeQuantize:
         last_block = self.blocks[-1]
@@ -167,3 +213,8 @@ class QuantResNet(nn.Module):
             assert isinstance(block, QuantResidualBlock)
             middle += block.layer_units(name) if granularity == "layer" else [Unit(name, block)]
         return [stem, *middle, classifier]
+
+
+def _common_start(first: str, second: str) -> int:
+    """Number of characters that both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

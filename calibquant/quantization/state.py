@@ -3,7 +3,7 @@
 Each scope restores what it found on the way out, also when left by an exception.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -34,6 +34,15 @@ def full_precision(module: nn.Module) -> Iterator[None]:
     finally:
         for quantizer, enabled in saved:
             quantizer.enabled = enabled
+
+
+@contextmanager
+def quantizing_only(module: nn.Module, chosen: Iterable[FakeQuantize]) -> Iterator[None]:
+    """Inside, of the module's quantizers the chosen ones act and no others."""
+    with full_precision(module):
+        for quantizer in chosen:
+            quantizer.enabled = True
+        yield
 
 
 @contextmanager

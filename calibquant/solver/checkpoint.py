@@ -26,7 +26,7 @@ from calibquant.quantization.affine import PER_TENSOR, quant_bounds
 from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
 from calibquant.quantization.packing import pack_bits, unpack_bits
 from calibquant.quantization.state import quantizers
-from calibquant.solver.config import check_config, config_name, lookup, plain
+from calibquant.solver.config import bits_name, check_config, config_name, lookup, plain, shown
 from calibquant.solver.files import write_atomically
 from calibquant.solver.pipeline import float_model_on_meta, quantize_model
 
@@ -43,6 +43,7 @@ STRUCTURE = (
     "quant.w_qconfig.ch_axis",
     "quant.a_qconfig.ch_axis",
     "quant.ends_8bit",
+    "quant.overrides",
 )
 """Config keys that say what the saved network is; a config that contradicts them is refused."""
 
@@ -53,7 +54,7 @@ def save_checkpoint(
     """Save a hardened model under a name that no other file has.
 
     Returns:
-        ``<root>/<config name>/<type>_w<bits>_a<bits>_<random digits>.pth``.
+        ``<root>/<config name>/<type>_<bits name>_<random digits>.pth``.
 
     Raises:
         UserError: the file cannot be written.
@@ -67,8 +68,7 @@ def save_checkpoint(
         "activations": {name: _pack_activation(q) for name, q in quantizers(model)},
     }
     content["checksum"] = checksum(content)
-    quant = config.quant
-    stem = f"{config.model.type}_w{quant.w_qconfig.bit}_a{quant.a_qconfig.bit}"
+    stem = f"{config.model.type}_{bits_name(config)}"
     while True:
         path = root / config_name(config) / f"{stem}_{10_000 + secrets.randbelow(90_000)}.pth"
         if write_atomically(path, lambda file: torch.save(content, file), overwrite=False):
@@ -253,8 +253,12 @@ def require_agreement(config: EasyDict, saved: EasyDict, path: Path) -> None:
     for key in STRUCTURE:
         wanted, found = (_unordered(lookup(each, key)) for each in (config, saved))
         if wanted != found:
-            raise UserError(f"config says {key} {wanted}, but quantized model {path} has {found}")
+            raise UserError(
+                f"config says {key} {shown(wanted)}, but quantized model {path} has {shown(found)}"
+            )
 
 
 def _unordered(value: Any) -> Any:
-    return sorted(value) if isinstance(value, list) else value
+    """A list of names sorted, whose order means nothing; that of overrides does."""
+    names = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return sorted(value) if names else value

@@ -5,6 +5,8 @@ truth: the check, the defaults and the README's reference all come from it.
 """
 
 import difflib
+import hashlib
+import json
 import math
 import re
 import reprlib
@@ -23,6 +25,7 @@ from calibquant.model.resnet import ARCHITECTURES
 from calibquant.quantization.fake_quant import QUANTIZERS
 from calibquant.quantization.observer import OBSERVERS
 from calibquant.solver.learn import ReconSettings
+from calibquant.solver.pipeline import float_model_on_meta, quantize_model
 
 REQUIRED = object()
 """Marks a key without default."""
@@ -112,6 +115,39 @@ def optional(kind: Kind) -> Kind:
     return Kind(f"{kind.allowed}, or null", lambda value: None if value is None else kind.convert(value))
 
 
+class BadEntry(ValueError):
+    """One entry of a list is wrong; the message shows it."""
+
+
+BITS = integer(2, 8)
+MOST_OVERRIDES = 1000
+
+
+def _override(entry: Any) -> dict[str, Any]:
+    """One entry of `quant.overrides`, with only the keys that it gives."""
+    kinds = {"match": text(r"[\x21-\x7e]{1,100}"), "w_bit": BITS, "a_bit": BITS}
+    if not isinstance(entry, dict) or "match" not in entry or not 2 <= len(entry) <= 3:
+        raise ValueError
+    if not entry.keys() <= kinds.keys():
+        raise ValueError
+    return {key: kinds[key].convert(value) for key, value in entry.items()}
+
+
+def _overrides(value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or len(value) > MOST_OVERRIDES:
+        raise ValueError
+    entries = []
+    for number, entry in enumerate(value, start=1):
+        try:
+            entries.append(_override(entry))
+        except ValueError:
+            raise BadEntry(f" (entry {number}: {shown(entry)})") from None
+    return entries
+
+
+OVERRIDES = Kind(
+    "a list of {match: pattern, w_bit: 2 to 8, a_bit: 2 to 8}, one of the bits or both", _overrides
+)
 BOOLEAN = Kind("true or false", choice(True, False).convert)
 ENDS = tuple(end.value for end in End)
 NAME = text(r"[A-Za-z0-9][A-Za-z0-9_.-]*", "a name of letters, digits, '_', '.' and '-'")
@@ -148,6 +184,13 @@ KEYS: list[Key] = [
         list(ENDS),
         sequence(choice(*ENDS), "a list of " + ", ".join(ENDS)),
         "what stays at 8 bits at the two ends; QDrop's own code omits `stem_output`",
+    ),
+    Key(
+        "quant.overrides",
+        [],
+        OVERRIDES,
+        "mixed precision: bit-widths of the units and layers whose name fits `match` (`*`, `?`, `[ab]`); "
+        "wins over the keys above, the last that fits counts",
     ),
     Key("quant.calibrate", 1024, integer(1, 10**9), "calibration images taken from the calibration folder"),
     Key("quant.recon.batch_size", RECON["batch_size"], integer(1, 10**6), "images per optimisation step"),
@@ -387,9 +430,10 @@ def check_config(raw: Any, where: str = "config") -> EasyDict:
             raise UserError(f"{where}: {key.path} is missing; allowed is {key.kind.allowed}")
         try:
             value = key.kind.convert(value)
-        except (ValueError, OverflowError):
+        except (ValueError, OverflowError) as error:
+            entry = str(error) if isinstance(error, BadEntry) else ""
             raise UserError(
-                f"{where}: {key.path} is {_shown(value)}, allowed is {key.kind.allowed}"
+                f"{where}: {key.path} is {shown(value)}{entry}, allowed is {key.kind.allowed}"
             ) from None
         *sections, name = key.path.split(".")
         target = config
@@ -405,7 +449,7 @@ _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 3, 70, 70, 70
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value on one line of at most 80 characters, however large what it stands for is."""
     try:
         written = _BRIEF.repr(value)
@@ -429,10 +473,10 @@ def _flatten(raw: Any, where: str, prefix: str = "") -> list[tuple[str, Any]]:
     """Dotted paths and values of a nested mapping; an empty section is as good as a missing one."""
     if not isinstance(raw, dict):
         name = prefix.rstrip(".") or "the file"
-        raise UserError(f"{where}: {name} is {_shown(raw)}, allowed is a mapping of keys to values")
+        raise UserError(f"{where}: {name} is {shown(raw)}, allowed is a mapping of keys to values")
     flat: list[tuple[str, Any]] = []
     for key, value in raw.items():
-        path = f"{prefix}{key if isinstance(key, str) else _shown(key)}"
+        path = f"{prefix}{key if isinstance(key, str) else shown(key)}"
         if path in SECTIONS:
             flat += [] if value is None else _flatten(value, where, path + ".")
         else:
@@ -466,7 +510,7 @@ def _check_combinations(config: EasyDict, where: str) -> None:
         )
     if min(data.std) < SMALLEST_STD:
         raise UserError(
-            f"{where}: data.std is {_shown(data.std)}, allowed are numbers of at least {SMALLEST_STD:g}"
+            f"{where}: data.std is {shown(data.std)}, allowed are numbers of at least {SMALLEST_STD:g}"
         )
     if data.input_size > data.test_resize:
         raise UserError(
@@ -476,6 +520,11 @@ def _check_combinations(config: EasyDict, where: str) -> None:
     start, end = recon.b_range
     if start < end:
         raise UserError(f"{where}: quant.recon.b_range is [{start:g}, {end:g}], allowed is a falling range")
+    if config.quant.overrides:
+        try:
+            quantize_model(float_model_on_meta(config), config)  # the structure alone, without memory
+        except ValueError as error:
+            raise UserError(f"{where}: quant.overrides: {error}") from error
 
 
 def lookup(config: EasyDict, path: str) -> Any:
@@ -488,13 +537,28 @@ def lookup(config: EasyDict, path: str) -> Any:
 
 def plain(config: EasyDict) -> dict[str, Any]:
     """The config as nested plain dicts and lists, for YAML, JSON and checkpoints."""
-    return {k: plain(v) if isinstance(v, dict) else v for k, v in config.items()}
+    return {key: _plain_value(value) for key, value in config.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain_value(item) for item in value]
+    return plain(value) if isinstance(value, dict) else value
 
 
 def config_name(config: EasyDict) -> str:
-    """Name of the outputs' folders: ``<type>_<data type>_w<bits>_a<bits>``."""
-    quant = config.quant
-    return f"{config.model.type}_{config.data.type}_w{quant.w_qconfig.bit}_a{quant.a_qconfig.bit}"
+    """Name of the outputs' folders: ``<type>_<data type>_<bits name>``."""
+    return f"{config.model.type}_{config.data.type}_{bits_name(config)}"
+
+
+def bits_name(config: EasyDict) -> str:
+    """``w<bits>_a<bits>``, and ``_mixed_<hash of the overrides>`` where there are any."""
+    quant = plain(config)["quant"]
+    name = f"w{quant['w_qconfig']['bit']}_a{quant['a_qconfig']['bit']}"
+    if not quant["overrides"]:
+        return name
+    written = json.dumps(quant["overrides"], sort_keys=True).encode()
+    return f"{name}_mixed_{hashlib.sha256(written).hexdigest()[:6]}"
 
 
 def reference() -> str:

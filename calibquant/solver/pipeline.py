@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from calibquant.errors import UserError
 from calibquant.model.load import build_model, load_weights
 from calibquant.model.quant_layer import calibrate_weights
-from calibquant.model.quant_resnet import End, QuantResNet, QuantSpec
+from calibquant.model.quant_resnet import End, Override, QuantResNet, QuantSpec
 from calibquant.model.resnet import ResNet
 from calibquant.quantization.affine import SCALE_EPS
 from calibquant.quantization.fake_quant import QuantizerConfig
@@ -57,17 +57,22 @@ def float_model_on_meta(config: EasyDict) -> ResNet:
         return build_model(config.model.type, dict(config.model.kwargs))
 
 
-def quantize_model(model: ResNet, config: EasyDict) -> QuantResNet:
-    """Fold batch norm and wrap the float network in quantizers, on its device, ranges not yet set."""
+def quant_spec(config: EasyDict) -> QuantSpec:
+    """What the config says of quantizers and bit-widths."""
     quant = config.quant
-    spec = QuantSpec(
+    return QuantSpec(
         QuantizerConfig(**quant.w_qconfig),
         QuantizerConfig(**quant.a_qconfig),
         frozenset(End(end) for end in quant.ends_8bit),
+        tuple(Override(**override) for override in quant.overrides),
     )
+
+
+def quantize_model(model: ResNet, config: EasyDict) -> QuantResNet:
+    """Fold batch norm and wrap the float network in quantizers, on its device, ranges not yet set."""
     device = next(model.parameters()).device
     with torch.no_grad():
-        return QuantResNet(model, spec).to(device).eval()
+        return QuantResNet(model, quant_spec(config)).to(device).eval()
 
 
 def calibrate(model: QuantResNet, images: Tensor, batch_size: int) -> None:
