@@ -70,10 +70,29 @@ def main() -> None:
     ]
     rows.append(in_all(rows))
     print(table(rows))
+    result = {"batch": args.batch, "steps": args.steps, "units": rows}
+    if args.units == "all":  # by now every unit is hardened
+        result["evaluation"] = evaluation(model, quantized, images[: args.batch].to(device), args.rounds)
+        print(json.dumps(result["evaluation"]))
     if args.out:
         command = " ".join(["python", *sys.argv])
         about = {"command": command, "machine": machine(device), "versions": versions()}
-        write_json(Path(args.out), about | {"batch": args.batch, "steps": args.steps, "units": rows})
+        write_json(Path(args.out), about | result)
+
+
+@torch.no_grad()
+def evaluation(model: nn.Module, hardened: nn.Module, images: Tensor, rounds: int) -> dict[str, float]:
+    """Median seconds of scoring a batch with the float and with the hardened network, taking turns."""
+    seconds: dict[str, list[float]] = {"float": [], "hardened": []}
+    for _ in range(2 * rounds + 1):
+        for name, network in (("float", model), ("hardened", hardened)):
+            began = time.perf_counter()
+            network(images)
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
+            seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    return medians | {"ratio": medians["hardened"] / medians["float"]}
 
 
 def units_with_data(
