@@ -237,7 +237,7 @@ def _(module: FakeQuantize, graph: Graph, x: str, name: str) -> str:
     if not bool(torch.isfinite(qparams[0]).all()):
         raise ValueError(f"{name}: its range was never calibrated")
     storage, axis = storage_of(module.bits, graph.opset), _axis(module.ch_axis)
-    if module.bits < storage.bits:  # QuantizeLinear saturates at the type's bounds only
+    if module.bits < 8:
         x = _add_clip(module, graph, x, name)
     names = _add_qparams(graph, module, qparams, storage, name)
     codes = graph.node("QuantizeLinear", [x, *names], f"{name}.codes", axis=axis)
@@ -245,9 +245,11 @@ def _(module: FakeQuantize, graph: Graph, x: str, name: str) -> str:
 
 
 def _add_clip(module: FakeQuantize, graph: Graph, x: str, name: str) -> str:
-    """Keep an activation ``[N, C, H, W]`` in the range of a grid that is narrower than its type.
+    """Keep an activation ``[N, C, H, W]`` in the range of its grid, by Max and Min.
 
-    By Max and Min: Clip takes no bound per channel, and ONNX Runtime (1.32) fails on it before 4 bits.
+    A QuantizeLinear saturates at its type's bounds only, which may be wider. Where they are not, this
+    keeps ONNX Runtime (1.32) right: it drops a Relu before int4 without looking at the zero-point, and
+    swaps MaxPool with uint4, which it then refuses. Clip would take no bounds per channel.
     """
     scale, zero_point = module.hard_qparams(ndim=4)
     if module.symmetric:  # an unsigned type ends at 0 as its grid does
