@@ -72,7 +72,8 @@ def test_every_network_of_the_family_computes_the_same_in_onnx_runtime(kind):
     {"quant__w_qconfig__bit": 8, "quant__a_qconfig__bit": 4},
     {"quant__w_qconfig__bit": 8, "quant__a_qconfig__bit": 8},
     {"quant__a_qconfig__bit": 6, "quant__w_qconfig__ch_axis": -1},
-    {"quant__a_qconfig__quantizer": "LSQPlusFakeQuantize", "quant__w_qconfig__quantizer": "LSQFakeQuantize"},
+    {"quant__a_qconfig__quantizer": "LSQPlusFakeQuantize"},
+    {"quant__w_qconfig__quantizer": "LSQFakeQuantize"},
     {"quant__a_qconfig__ch_axis": 1, "quant__w_qconfig__quantizer": "FixedFakeQuantize"},
 ])  # fmt: skip
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -150,7 +151,9 @@ def test_an_activation_grid_clips_and_rounds_as_the_quantizer_does(bits, symmetr
     assert torch.equal(found[~between], quantizer(x)[~between])
 
 
-@pytest.mark.parametrize(("weight", "activation", "opset"), [(8, 8, 13), (4, 4, 21), (3, 8, 21), (2, 4, 25)])
+@pytest.mark.parametrize(
+    ("weight", "activation", "opset"), [(8, 8, 13), (4, 4, 21), (3, 8, 21), (2, 4, 25)]
+)
 def test_the_opset_is_the_lowest_that_has_a_type_for_each_bit_width(weight, activation, opset):
     model = hardened(quant__w_qconfig__bit=weight, quant__a_qconfig__bit=activation)
     assert lowest_opset(model) == opset == onnx_model(model, 32, {}).opset_import[0].version

@@ -79,6 +79,8 @@ def quantize(
         calibrate(network, images, checked.data.batch_size)
         for result in reconstruct(network, images, recon_settings(checked), checked.process.seed):
             logger.info("unit %s: error %.5g -> %.5g", result.name, result.error_before, result.error_after)
+            if result.reverted:
+                logger.warning("unit %s: learning made it no better, kept as calibrated", result.name)
     metadata = {
         "seed": checked.process.seed,
         "versions": versions(),
