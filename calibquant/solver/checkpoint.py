@@ -59,6 +59,20 @@ def save_checkpoint(
     Raises:
         UserError: the file cannot be written.
     """
+    content = checkpoint_content(model, config, metadata)
+    stem = f"{config.model.type}_{bits_name(config)}"
+    while True:
+        path = root / config_name(config) / f"{stem}_{10_000 + secrets.randbelow(90_000)}.pth"
+        if write_atomically(path, lambda file: torch.save(content, file), overwrite=False):
+            return path
+
+
+def checkpoint_content(model: QuantResNet, config: EasyDict, metadata: dict[str, Any]) -> dict[str, Any]:
+    """All that a saved file holds, for ``torch.save``.
+
+    Raises:
+        ValueError: the model is not hardened.
+    """
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -67,12 +81,7 @@ def save_checkpoint(
         "layers": {name: _pack_layer(layer) for name, layer in layers(model)},
         "activations": {name: _pack_activation(q) for name, q in quantizers(model)},
     }
-    content["checksum"] = checksum(content)
-    stem = f"{config.model.type}_{bits_name(config)}"
-    while True:
-        path = root / config_name(config) / f"{stem}_{10_000 + secrets.randbelow(90_000)}.pth"
-        if write_atomically(path, lambda file: torch.save(content, file), overwrite=False):
-            return path
+    return content | {"checksum": checksum(content)}
 
 
 def _pack_layer(layer: QuantLayer) -> dict[str, Any]:

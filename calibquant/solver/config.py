@@ -11,9 +11,10 @@ import math
 import re
 import reprlib
 import unicodedata
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -389,7 +390,16 @@ def load_config(path: str | Path) -> EasyDict:
     """Read and check a YAML config; afterwards every key of :data:`KEYS` exists and has its type.
 
     Raises:
-        UserError: the file is missing, too long or no YAML, or :func:`check_config` refuses it.
+        UserError: :func:`read_config` or :func:`check_config` refuses it.
+    """
+    return check_config(read_config(path), f"config {path}")
+
+
+def read_config(path: str | Path) -> Any:
+    """What a YAML config says, unchecked.
+
+    Raises:
+        UserError: the file is missing, too long or no YAML.
     """
     try:
         with Path(path).open("rb") as file:
@@ -401,15 +411,19 @@ def load_config(path: str | Path) -> EasyDict:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"config {path}: cannot be read: {reason}") from error
     try:
-        raw = yaml.load(written, Loader=_StrictLoader)
+        return yaml.load(written, Loader=_StrictLoader)
     except Exception as error:  # `!!int ""` or a deep nesting raise more than YAMLError
         reason = printable(str(error), 200) or type(error).__name__
         raise UserError(f"config {path}: is no valid YAML: {reason}") from error
-    return check_config(raw, f"config {path}")
 
 
-def check_config(raw: Any, where: str = "config") -> EasyDict:
+def check_config(
+    raw: Any, where: str = "config", defaults: Mapping[str, Any] = MappingProxyType({})
+) -> EasyDict:
     """Check a nested mapping against :data:`KEYS` and fill in defaults.
+
+    Args:
+        defaults: by dotted path, of keys for which the caller knows better than :data:`KEYS`.
 
     Raises:
         UserError: an unknown or missing key or a bad value; one line names it and what is allowed.
@@ -425,7 +439,7 @@ def check_config(raw: Any, where: str = "config") -> EasyDict:
         given[path] = value
     config: dict[str, Any] = {}
     for key in KEYS:
-        value = given.get(key.path, key.default)
+        value = given.get(key.path, defaults.get(key.path, key.default))
         if value is REQUIRED:
             raise UserError(f"{where}: {key.path} is missing; allowed is {key.kind.allowed}")
         try:

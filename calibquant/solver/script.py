@@ -45,12 +45,13 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
 
 def config_parser(
-    description: str | None, config_help: str = "YAML file, see exp/"
+    description: str | None, config_help: str = "YAML file, see exp/", device: bool = True
 ) -> argparse.ArgumentParser:
-    """A parser with the options that every script on a config has: ``--config`` and ``--device``."""
+    """A parser with the options that every script on a config has: ``--config`` and mostly ``--device``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", required=True, help=config_help)
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
+    if device:
+        parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
     return parser
 
 

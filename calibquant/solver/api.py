@@ -1,0 +1,187 @@
+"""For use from Python: quantize a ResNet in memory with images in memory, save it, load it, export it.
+
+The same steps as ``main_imagenet.py``, without its files and folders. ``import calibquant`` offers what is
+public here by name.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from easydict import EasyDict
+from torch import Tensor, nn
+
+from calibquant.errors import UserError
+from calibquant.model.convert import describe_network, float_copy
+from calibquant.model.quant_resnet import QuantResNet
+from calibquant.solver.checkpoint import checkpoint_content, checksum, load_checkpoint
+from calibquant.solver.config import check_config, lookup, read_config
+from calibquant.solver.export_onnx import describe, require_onnx_name, write_onnx
+from calibquant.solver.files import write_atomically
+from calibquant.solver.pipeline import calibrate, quantize_model, recon_settings
+from calibquant.solver.recon import reconstruct
+from calibquant.solver.run_log import versions
+
+logger = logging.getLogger("calibquant")
+
+StrPath = str | os.PathLike[str]
+PROBE_IMAGES = 4
+"""On which the network that is quantized must agree with the one given."""
+
+
+class QuantizedModel(nn.Module):
+    """A quantized network, images ``[N, 3, H, W]`` to logits, with what it was made with.
+
+    Attributes:
+        network: the network itself.
+        config: every setting, checked.
+        metadata: seed, versions, and number and hash of the calibration images.
+    """
+
+    def __init__(self, network: QuantResNet, config: EasyDict, metadata: dict[str, Any]) -> None:
+        super().__init__()
+        self.network, self.config, self.metadata = network, config, metadata
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits
+
+
+def quantize(
+    model: nn.Module,
+    calibration_images: Tensor,
+    config: dict[str, Any] | StrPath | None = None,
+) -> QuantizedModel:
+    """Quantize a trained ResNet: ranges from all images given, then block-wise reconstruction.
+
+    Progress goes to the logger ``calibquant``, a line for each block. The model given is not changed; the
+    work is done on its device.
+
+    Args:
+        model: calibquant's ResNet or torchvision's, trained.
+        calibration_images: ``[N, 3, H, H]``, normalised as in training; about a thousand, without labels.
+        config: nested keys of the README's configuration reference, as a dict or in a YAML file. What is
+            left out has its default; `model` and `data.input_size` follow from the model and the images.
+            `data.mean` and `data.std` change nothing here, but are written down with the result.
+
+    Returns:
+        The quantized model, in evaluation mode.
+
+    Raises:
+        UserError: the config, the model or the images cannot be used; one line says why.
+    """
+    with torch.inference_mode(False), torch.enable_grad():  # learning needs gradients, wherever called
+        images = _checked_images(calibration_images)
+        checked = _checked_config(config, model, images)
+        network = quantize_model(float_copy(model, images[:PROBE_IMAGES]), checked)
+        calibrate(network, images, checked.data.batch_size)
+        for result in reconstruct(network, images, recon_settings(checked), checked.process.seed):
+            logger.info("unit %s: error %.5g -> %.5g", result.name, result.error_before, result.error_after)
+            if result.reverted:
+                logger.warning("unit %s: learning made it no better, kept as calibrated", result.name)
+    metadata = {
+        "seed": checked.process.seed,
+        "versions": versions(),
+        "calibration": {"count": len(images), "sha256": checksum({"images": images})},
+    }
+    return QuantizedModel(network, checked, metadata).eval()
+
+
+def save_quantized(model: QuantizedModel, path: StrPath) -> None:
+    """Save a quantized model, integers packed at their bit-width; a file of that name is replaced.
+
+    Raises:
+        UserError: the file cannot be written, or the model is none of :func:`quantize`'s.
+    """
+    _require_quantized(model)
+    content = checkpoint_content(model.network, model.config, model.metadata)
+    write_atomically(Path(path), lambda file: torch.save(content, file))
+
+
+def load_quantized(path: StrPath) -> QuantizedModel:
+    """Load what :func:`save_quantized` or ``main_imagenet.py`` saved: logits are bit-equal to before.
+
+    Nothing in the file can execute, and the float weights are not needed.
+
+    Returns:
+        The quantized model, on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: the file is missing, truncated, damaged, foreign or of another version.
+    """
+    return QuantizedModel(*load_checkpoint(Path(path))).eval()
+
+
+def export_onnx(
+    model: QuantizedModel, path: StrPath, classes: list[str] | None = None, opset: int | None = None
+) -> None:
+    """Write a quantized model as standard ONNX; a file of that name is replaced.
+
+    Args:
+        path: ends in ``.onnx``.
+        classes: names of the outputs, in order.
+        opset: default is the lowest that has a type for each bit-width.
+
+    Raises:
+        UserError: the package onnx is missing, an argument cannot be used, or the file cannot be written.
+    """
+    _require_quantized(model)
+    require_onnx_name("path", Path(path))
+    write_onnx(model.network, Path(path), describe(model.config, model.metadata, classes), opset)
+
+
+def _require_quantized(model: nn.Module) -> None:
+    if not isinstance(model, QuantizedModel):
+        raise UserError(
+            f"the model is a {type(model).__name__}, allowed is what calibquant.quantize returns"
+        )
+
+
+def _checked_images(images: Tensor) -> Tensor:
+    """The images in float32, fit for learning.
+
+    Raises:
+        UserError: they are no square, normalised images.
+    """
+    if not isinstance(images, Tensor):
+        raise UserError(
+            f"calibration_images is a {type(images).__name__}, allowed is a tensor [N, 3, H, H]"
+        )
+    shape, kind = list(images.shape), str(images.dtype).removeprefix("torch.")
+    if images.ndim != 4 or shape[1] != 3 or shape[2] != shape[3] or 0 in shape:
+        raise UserError(f"calibration_images is {shape}, allowed is [N, 3, H, H] of at least one image")
+    if not images.is_floating_point():
+        raise UserError(f"calibration_images is {kind}, allowed are normalised floating-point images")
+    images = images.detach().float()
+    return images.clone() if images.is_inference() else images
+
+
+def _checked_config(config: Any, model: nn.Module, images: Tensor) -> EasyDict:
+    """The config with defaults that follow from model and images.
+
+    Raises:
+        UserError: a key is unknown or bad, or contradicts the model or the images.
+    """
+    kind, kwargs = describe_network(model)
+    side = images.shape[-1]
+    given = {"model.type": kind, **{f"model.kwargs.{key}": value for key, value in kwargs.items()}}
+    given["data.input_size"] = side
+    defaults = {
+        **given,
+        "data.type": "own",
+        "data.classes": "imagenet" if kwargs["num_classes"] == 1000 else "folders",
+        "data.test_resize": side,
+        "quant.calibrate": len(images),
+    }
+    from_file = isinstance(config, str | os.PathLike)
+    where = f"config {config}" if from_file else "config"
+    raw = read_config(Path(config)) if from_file else config
+    checked = check_config({} if raw is None else raw, where, defaults)
+    for key, value in given.items():
+        if lookup(checked, key) != value:
+            raise UserError(
+                f"{where}: {key} is {lookup(checked, key)}, but what is given to quantize has {value}"
+            )
+    return checked
