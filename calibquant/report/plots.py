@@ -1,0 +1,261 @@
+"""The plots of a report, each an SVG element as text: charts of a row per unit, and small panels.
+
+What is not finite is left out of a plot. A chart's height grows with its rows, so that 150 layers stay
+as readable as 10 blocks.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from calibquant.report.figure import CODES, SERIES, canvas
+from calibquant.report.run_data import SCORES, ActivationRow, RangeRow, Run, Score, UnitRow
+
+WIDTH, ROW, LONG = 390.0, 17.0, 22
+"""Pixels of a row chart, and the characters of a row's name."""
+PANEL = (280.0, 130.0)
+MOST_LEVELS = 32
+"""A grid finer than this is not drawn line by line."""
+
+
+def finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def rows_axes(axes: Axes, names: Sequence[str]) -> None:
+    """A row per name, from the top down, with a light line along each."""
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    short = [name if len(name) <= LONG else f"{name[: LONG - 2]}…" for name in names]
+    axes.set_yticks(range(len(names)), short)
+    axes.tick_params(axis="y", labelcolor=CODES["ink"], pad=4)
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
+
+
+def row_chart(names: Sequence[str], aside: float = 16) -> tuple[float, float, float, float, float, float]:
+    """Width, height and margins (left, bottom, right, top) of a chart with these rows."""
+    left = 14 + 6.6 * min(LONG, max((len(name) for name in names), default=1))
+    return WIDTH, ROW * max(1, len(names)) + 36, left, 28, aside, 8
+
+
+def positive_log_axis(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic x axis around positive values, with a few round ticks."""
+    low, high = min(values), max(values)
+    axes.set_xscale("log")
+    axes.set_xlim(low / 1.3, high * 1.3)
+    decades = math.log10(high / low) if high / low < math.inf else 300
+    steps = (1.0, 2.0, 5.0) if decades < 1.5 else (1.0, 3.0) if decades < 3 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps, numticks=7))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def accuracy_chart(scores: dict[str, Score]) -> str:
+    """Bars of top-1 and, paler, of top-5, with their numbers beside them."""
+    colours = {"float": "float", "range_only": "before", "quantized": "after"}
+    bars = [
+        (2.4 * group + place, value, colours[key], pale)
+        for group, key in enumerate(key for key in SCORES if key in scores)
+        for place, value, pale in ((0, scores[key].top1, 1.0), (1, scores[key].top5, 0.45))
+        if math.isfinite(value)
+    ]
+    names = [SCORES[key] for key in SCORES if key in scores]
+    width, _, left, bottom, _, top = row_chart(names)
+    rows = 2.4 * len(names)
+    with canvas(width, ROW * rows + bottom + top, left, bottom, 56, top) as (axes, svg):
+        rows_axes(axes, names)
+        axes.set_ylim(rows - 0.8, -0.6)
+        axes.set_yticks([2.4 * group + 0.5 for group, _ in enumerate(names)], names)
+        axes.set_xlim(0, 100)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+        for place, value, colour, pale in bars:
+            axes.hlines(place, 0, value, color=CODES[colour], lw=0.8 * ROW, alpha=pale)
+            axes.text(102, place, f"{value:.2f}", va="center")
+    return svg[0]
+
+
+def error_chart(units: Sequence[UnitRow]) -> str:
+    """Each unit's error before (ring) and after (dot), on a logarithmic axis; empty if none is positive."""
+    values = [value for unit in units for value in (unit.before, unit.after) if drawable(value)]
+    if not values:
+        return ""
+    names = [unit.name for unit in units]
+    with canvas(*row_chart(names)) as (axes, svg):
+        rows_axes(axes, names)
+        positive_log_axis(axes, values)
+        for colour, marker, reverted in (("after", "o", False), ("warn", "X", True)):
+            chosen = [(row, unit) for row, unit in enumerate(units) if unit.reverted == reverted]
+            both = [
+                (row, u.before, u.after) for row, u in chosen if drawable(u.before) and drawable(u.after)
+            ]
+            axes.hlines(*zip(*both, strict=True), color=CODES[colour], lw=2) if both else None
+            before = [(u.before, row) for row, u in chosen if drawable(u.before)]
+            after = [(u.after, row) for row, u in chosen if drawable(u.after)]
+            ring = {"mfc": "none", "mec": CODES["before"], "mew": 1.6, "ms": 7}
+            dots(axes, before, "o", ring)
+            dots(axes, after, marker, {"mfc": CODES[colour], "mec": "none", "ms": 6})
+    return svg[0]
+
+
+def drawable(value: float) -> bool:
+    """Whether a value has a place on a logarithmic axis."""
+    return math.isfinite(value) and value > 0
+
+
+def dots(axes: Axes, points: Sequence[tuple[float, int]], marker: str, style: dict[str, Any]) -> None:
+    """A marker at each ``(value, row)``."""
+    if points:
+        axes.plot(*zip(*points, strict=True), linestyle="", marker=marker, **style)
+
+
+def shares_chart(units: Sequence[UnitRow]) -> str:
+    """Weights rounded away from nearest and unconverged ones, in percent of each unit's weights."""
+    kinds = [([100 * unit.rounded_away for unit in units], "after", -0.17)]
+    kinds.append(([100 * unit.unconverged for unit in units], "before", 0.17))
+    return bar_rows([unit.name for unit in units], kinds, "{:g} %")
+
+
+def bar_rows(
+    names: Sequence[str], kinds: Sequence[tuple[Sequence[float], str, float]], pattern: str
+) -> str:
+    """Horizontal bars from zero, each kind ``(values, colour, shift in rows)``; empty without a number."""
+    known = finite(value for values, _, _ in kinds for value in values)
+    if not known:
+        return ""
+    thick = ROW * (0.7 if len(kinds) == 1 else 0.7 / len(kinds))
+    with canvas(*row_chart(names)) as (axes, svg):
+        rows_axes(axes, names)
+        axes.set_xlim(0, 1.05 * max(known) if max(known) > 0 else 1)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(lambda value, _: pattern.format(float(f"{value:.6g}")))
+        for values, colour, shift in kinds:
+            rows = [row + shift for row, value in enumerate(values) if math.isfinite(value)]
+            axes.hlines(rows, 0, finite(values), color=CODES[colour], lw=thick)
+    return svg[0]
+
+
+def loss_panel(unit: UnitRow, run: Run) -> str:
+    """A unit's reconstruction loss (left axis) and rounding regulariser (right axis) over the steps."""
+    points = [point for point in unit.trace if math.isfinite(sum(point))]
+    if not points:
+        return ""
+    steps, losses, penalties = zip(*points, strict=True)
+    last = run.iters if math.isfinite(run.iters) and run.iters > 1 else max(steps) + 1
+    with canvas(*PANEL, 44, 20, 44, 6) as (axes, svg):
+        right = axes.twinx()
+        right.patch.set_visible(False)
+        right.fill_between(steps, penalties, color=CODES["before"], alpha=0.22, lw=0)
+        right.set_ylim(0, 1.08 * max(max(penalties), 1e-12))
+        axes.set_zorder(right.get_zorder() + 1)
+        axes.plot(steps, losses, color=CODES["after"], lw=1.6, marker="o" if len(steps) == 1 else "")
+        axes.set_ylim(*around(losses))
+        axes.set_xlim(0, last)
+        if math.isfinite(run.warm_up) and 0 < run.warm_up <= 1:
+            axes.axvspan(0, run.warm_up * last, color=CODES["shade"], lw=0, zorder=0)
+        for side, colour in ((axes, "after"), (right, "before")):
+            side.yaxis.set_major_locator(MaxNLocator(4))
+            side.tick_params(axis="y", labelcolor=CODES[colour], pad=3)
+            side.yaxis.set_major_formatter(lambda value, _: brief(value))
+            side.spines["left"].set_visible(False)
+        if not max(penalties) > 0:
+            right.set_yticks([])
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_formatter(lambda value, _: brief(value))
+        axes.grid(axis="y")
+    return svg[0]
+
+
+def around(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of an axis that shows values with a little air."""
+    low, high = min(values), max(values)
+    air = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
+    return low - air, high + air
+
+
+def brief(value: float) -> str:
+    """A number for an axis in few characters: 12k, 3.4M, 0.25."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size <= abs(value) < 1e12:
+            return f"{value / size:g}{letter}"
+    return f"{float(f'{value:.3g}'):g}"
+
+
+def activation_panel(activation: ActivationRow) -> str:
+    """Share of values per bin on a logarithmic axis, under the quantizer's range and grid."""
+    total = sum(activation.counts)
+    ranges = [found for found in (activation.calibrated, activation.learned) if found]
+    edges = finite((activation.low, activation.high, *(v for r in ranges for v in (r.low, r.high))))
+    if not edges or not math.isfinite(activation.high - activation.low):
+        return ""
+    low, high = min(edges), max(edges)
+    if not low < high:
+        low, high = low - 1, high + 1
+    with canvas(*PANEL, 44, 20, 10, 6) as (axes, svg):
+        axes.set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
+        draw_histogram(axes, activation, total)
+        if ranges:
+            draw_grid(axes, ranges[-1], activation)
+        if len(ranges) == 2:
+            for value in (ranges[0].low, ranges[0].high):
+                axes.axvline(value, color=CODES["before"], lw=1.4, ls=(0, (4, 2)))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(lambda value, _: brief(value))
+        axes.spines["left"].set_visible(False)
+    return svg[0]
+
+
+def draw_histogram(axes: Axes, activation: ActivationRow, total: float) -> None:
+    """Filled steps of each bin's share in percent of all values."""
+    axes.set_yscale("log")
+    elements = activation.elements if activation.elements > 0 else total
+    shares = 100 * np.array(activation.counts) / max(elements, 1.0)
+    if not total > 0 or not math.isfinite(total):
+        axes.set_ylim(0.1, 100)
+        shares = np.zeros(1)
+    else:
+        floor = shares[shares > 0].min()
+        axes.set_ylim(floor / 3, max(shares.max() * 2, floor * 10))
+    bottom = axes.get_ylim()[0]
+    places = np.linspace(activation.low, activation.high, len(shares) + 1)
+    axes.stairs(
+        np.maximum(shares, bottom), places, baseline=bottom, fill=True, color=CODES["float"], alpha=0.75
+    )
+    axes.yaxis.set_major_locator(LogLocator(numticks=4))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(
+        lambda value, _: f"{brief(value)} %" if value >= 1e-3 else f"{value:.0e}"
+    )
+
+
+def draw_grid(axes: Axes, found: RangeRow, activation: ActivationRow) -> None:
+    """The range as a shade and its levels as lines, where they are few enough to be told apart."""
+    axes.axvspan(found.low, found.high, color=CODES["after"], alpha=0.10, lw=0, zorder=0)
+    count = 2**activation.bits if activation.bits else 0
+    levels = (
+        np.linspace(found.low, found.high, count) if 1 < count <= MOST_LEVELS else [found.low, found.high]
+    )
+    if activation.channels > 1:
+        levels = [found.low, found.high]
+    for level in levels:
+        axes.axvline(level, color=CODES["after"], lw=0.9, alpha=0.8)
+
+
+def series_chart(names: Sequence[str], series: Sequence[Sequence[float]]) -> str:
+    """A dot per row and series on a logarithmic axis, for at most as many series as there are colours."""
+    values = [value for one in series for value in one if drawable(value)]
+    if not values:
+        return ""
+    markers = "os^DvPX*"
+    with canvas(*row_chart(names)) as (axes, svg):
+        rows_axes(axes, names)
+        positive_log_axis(axes, values)
+        for number, one in enumerate(series[: len(SERIES)]):
+            points = [(value, row) for row, value in enumerate(one) if drawable(value)]
+            style = {"mfc": CODES[SERIES[number]], "mec": "none", "ms": 6.5, "alpha": 0.85}
+            dots(axes, points, markers[number], style)
+    return svg[0]
