@@ -39,26 +39,25 @@ def top1(run: Run, key: str) -> float:
 
 
 def results(runs: list[Run]) -> str:
-    head = ["", "network", "run", "float", "ranges only", "quantized", "to float", "MB", "float32, MB"]
-    head += ["time", "memory, GiB", "reverted", "calibration"]
+    head = ["", "float", "ranges only", "quantized", "to float", "MB (float32)", "time", "memory, GiB"]
+    head += ["reverted units", "calibration", "network", "run"]
     rows = []
     for label, run in zip(labels(runs), runs, strict=True):
         accuracies = [top1(run, key) for key in ("float", "range_only", "quantized")]
-        rows.append(
-            [label, run.network, run.name, *(percent(value) for value in accuracies)]
-            + [decimal(accuracies[2] - accuracies[0], "{:+.2f}")]
-            + [decimal(size, "{:,.2f}") for size in (run.checkpoint_mb, run.float32_mb)]
-            + [duration(sum(plots.finite(run.seconds.values())))]
-            + [decimal(run.memory["peak_memory_gib"], "{:.2f}")]
-            + [str(sum(unit.reverted for unit in run.units)), calibration(run)]
-        )
+        sizes = [decimal(size, "{:,.2f}") for size in (run.checkpoint_mb, run.float32_mb)]
+        row = [label, *(percent(value) for value in accuracies)]
+        row += [decimal(accuracies[2] - accuracies[0], "{:+.2f}"), f"{sizes[0]} ({sizes[1]})"]
+        row += [duration(sum(plots.finite(run.seconds.values())))]
+        row += [decimal(run.memory["peak_memory_gib"], "{:.2f}")]
+        row += [str(sum(unit.reverted for unit in run.units)), calibration(run), run.network, run.name]
+        rows.append(row)
     return "<h2>Results</h2>\n" + table(head, rows)
 
 
 def calibration(run: Run) -> str:
     """How many calibration images and the start of their hash."""
     count, digest = run.calibration.get("count"), run.calibration.get("sha256")
-    return f"{count} images, {str(digest)[:12]}" if isinstance(count, int) else MISSING
+    return f"{count}, {str(digest)[:8]}" if isinstance(count, int) else MISSING
 
 
 def accuracies(runs: list[Run]) -> str:
@@ -90,8 +89,15 @@ def unit_errors(runs: list[Run]) -> str:
     entries = [("dot", colour, label) for colour, label in zip(SERIES, labels(shown), strict=False)]
     words = f"{few}Errors compare only between runs of one float network on one calibration set."
     charts = [
-        figure("Error after reconstruction", "logarithmic", plots.series_chart, names, after),
-        figure("Error after / before", "below 1 is better", plots.series_chart, names, gain),
+        figure("Error after reconstruction", "logarithmic", plots.series_chart, names, after, True),
+        figure(
+            "Error after / before",
+            "the smaller, the more was learned",
+            plots.series_chart,
+            names,
+            gain,
+            False,
+        ),
     ]
     return f"<h2>Units</h2>\n<p>{words}</p>\n{keys(*entries)}{grid(charts)}"
 

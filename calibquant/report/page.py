@@ -18,7 +18,7 @@ from calibquant.report.markup import (
 )
 from calibquant.report.run_data import SCORES, ActivationRow, Run, UnitRow
 
-MANY = 36
+MANY = 60
 """More panels than this stay folded until they are asked for."""
 
 
@@ -101,14 +101,11 @@ def results(run: Run) -> str:
         for key, s in run.scores.items()
     ]
     files = [([run.float32_mb, run.checkpoint_mb], "after", 0.0)]
-    charts = [
-        figure("Accuracy", "full colour: top-1, pale: top-5, in percent", plots.accuracy_chart, run.scores),
-        figure("Size on disk", "MB", plots.bar_rows, ["float32", "saved file"], files, "{:g}"),
-    ]
-    saved = (
-        f'<p class="quiet">Saved as <code>{escape(run.checkpoint)}</code></p>\n' if run.checkpoint else ""
-    )
-    return f"<h2>Accuracy and size</h2>\n{grid(charts)}{table(head, rows)}{saved}"
+    accuracy = figure("Accuracy", "percent; pale: top-5", plots.accuracy_chart, run.scores)
+    size = figure("Size on disk", "MB", plots.bar_rows, ["float32", "saved file"], files, "{:g}")
+    place = f'<p class="quiet">Saved as <code>{escape(run.checkpoint)}</code></p>\n'
+    aside = f"<div>{size}{place if run.checkpoint else ''}{table(head, rows)}</div>\n"
+    return "<h2>Accuracy and size</h2>\n" + grid([accuracy, aside])
 
 
 def grid(charts: list[str]) -> str:
@@ -179,7 +176,7 @@ def losses(run: Run) -> str:
     legend = keys(
         ("rule", "after", "reconstruction loss of a batch (left axis)"),
         ("dot", "before", f"rounding regulariser, exponent b from {exponent} (right axis)"),
-        ("dot", "shade", "warm-up: the regulariser does not act"),
+        ("box", "shade", "warm-up: the regulariser does not act"),
     )
     panels = "".join(figure(unit.name, loss_words(unit), plots.loss_panel, unit, run) for unit in curves)
     return title + legend + panel_grid(panels, len(curves), "curves")
@@ -187,8 +184,8 @@ def losses(run: Run) -> str:
 
 def loss_words(unit: UnitRow) -> str:
     """What stands beside a curve's name."""
-    better = 1 - unit.after / unit.before if unit.before else math.nan
-    words = f"error {decimal(-100 * better, '{:+.0f}', ' %')}" if math.isfinite(better) else ""
+    change = plots.change_words(unit.before, unit.after)
+    words = f"error {change}" if change else ""
     return f"{words}, reverted" if unit.reverted else words
 
 

@@ -18,6 +18,8 @@ from calibquant.report.run_data import SCORES, ActivationRow, RangeRow, Run, Sco
 WIDTH, ROW, LONG = 390.0, 17.0, 22
 """Pixels of a row chart, and the characters of a row's name."""
 PANEL = (280.0, 130.0)
+ROUND = [1.0, 2.0, 5.0, 10.0]
+"""Steps between ticks."""
 MOST_LEVELS = 32
 """A grid finer than this is not drawn line by line."""
 
@@ -36,10 +38,21 @@ def rows_axes(axes: Axes, names: Sequence[str]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def row_chart(names: Sequence[str], aside: float = 16) -> tuple[float, float, float, float, float, float]:
+def strokes(
+    axes: Axes, ends: Iterable[tuple[float, float, float, float]], colour: str, **style: Any
+) -> None:
+    """Lines from ``(x, y)`` to ``(x, y)``, all of them in one path."""
+    gaps = [(x, y) for a, b, c, d in ends for x, y in ((a, b), (c, d), (math.nan, math.nan))]
+    if gaps:
+        axes.plot(*zip(*gaps, strict=True), color=CODES[colour], solid_capstyle="butt", **style)
+
+
+def row_chart(
+    names: Sequence[str], aside: float = 16, row: float = ROW
+) -> tuple[float, float, float, float, float, float]:
     """Width, height and margins (left, bottom, right, top) of a chart with these rows."""
     left = 14 + 6.6 * min(LONG, max((len(name) for name in names), default=1))
-    return WIDTH, ROW * max(1, len(names)) + 36, left, 28, aside, 8
+    return WIDTH, row * max(1, len(names)) + 36, left, 28, aside, 8
 
 
 def positive_log_axis(axes: Axes, values: Sequence[float]) -> None:
@@ -73,26 +86,28 @@ def accuracy_chart(scores: dict[str, Score]) -> str:
         axes.set_xlim(0, 100)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
         for place, value, colour, pale in bars:
-            axes.hlines(place, 0, value, color=CODES[colour], lw=0.8 * ROW, alpha=pale)
+            strokes(axes, [(0, place, value, place)], colour, lw=0.8 * ROW, alpha=pale)
             axes.text(102, place, f"{value:.2f}", va="center")
     return svg[0]
 
 
 def error_chart(units: Sequence[UnitRow]) -> str:
-    """Each unit's error before (ring) and after (dot), on a logarithmic axis; empty if none is positive."""
+    """Each unit's error before (ring) and after (dot), and its change; empty if none is positive."""
     values = [value for unit in units for value in (unit.before, unit.after) if drawable(value)]
     if not values:
         return ""
     names = [unit.name for unit in units]
-    with canvas(*row_chart(names)) as (axes, svg):
+    with canvas(*row_chart(names, aside=48)) as (axes, svg):
         rows_axes(axes, names)
         positive_log_axis(axes, values)
+        for row, unit in enumerate(units):
+            if change := change_words(unit.before, unit.after):
+                aside = axes.get_yaxis_transform()
+                axes.text(1.14, row, change, ha="right", va="center", transform=aside)
         for colour, marker, reverted in (("after", "o", False), ("warn", "X", True)):
             chosen = [(row, unit) for row, unit in enumerate(units) if unit.reverted == reverted]
-            both = [
-                (row, u.before, u.after) for row, u in chosen if drawable(u.before) and drawable(u.after)
-            ]
-            axes.hlines(*zip(*both, strict=True), color=CODES[colour], lw=2) if both else None
+            both = [(row, u) for row, u in chosen if drawable(u.before) and drawable(u.after)]
+            strokes(axes, [(u.before, row, u.after, row) for row, u in both], colour, lw=2)
             before = [(u.before, row) for row, u in chosen if drawable(u.before)]
             after = [(u.after, row) for row, u in chosen if drawable(u.after)]
             ring = {"mfc": "none", "mec": CODES["before"], "mew": 1.6, "ms": 7}
@@ -101,12 +116,18 @@ def error_chart(units: Sequence[UnitRow]) -> str:
     return svg[0]
 
 
+def change_words(before: float, after: float) -> str:
+    """How much smaller an error is, in whole percent; empty where that is no number."""
+    change = 100 * (after / before - 1) if before and math.isfinite(before) else math.nan
+    return f"{round(change):+d} %" if math.isfinite(change) else ""
+
+
 def drawable(value: float) -> bool:
     """Whether a value has a place on a logarithmic axis."""
     return math.isfinite(value) and value > 0
 
 
-def dots(axes: Axes, points: Sequence[tuple[float, int]], marker: str, style: dict[str, Any]) -> None:
+def dots(axes: Axes, points: Sequence[tuple[float, float]], marker: str, style: dict[str, Any]) -> None:
     """A marker at each ``(value, row)``."""
     if points:
         axes.plot(*zip(*points, strict=True), linestyle="", marker=marker, **style)
@@ -126,15 +147,15 @@ def bar_rows(
     known = finite(value for values, _, _ in kinds for value in values)
     if not known:
         return ""
-    thick = ROW * (0.7 if len(kinds) == 1 else 0.7 / len(kinds))
-    with canvas(*row_chart(names)) as (axes, svg):
+    row = ROW * max(1.0, 0.55 * len(kinds))
+    with canvas(*row_chart(names, row=row)) as (axes, svg):
         rows_axes(axes, names)
         axes.set_xlim(0, 1.05 * max(known) if max(known) > 0 else 1)
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=ROUND))
         axes.xaxis.set_major_formatter(lambda value, _: pattern.format(float(f"{value:.6g}")))
         for values, colour, shift in kinds:
-            rows = [row + shift for row, value in enumerate(values) if math.isfinite(value)]
-            axes.hlines(rows, 0, finite(values), color=CODES[colour], lw=thick)
+            bars = [(row + shift, value) for row, value in enumerate(values) if math.isfinite(value)]
+            strokes(axes, [(0, place, v, place) for place, v in bars], colour, lw=0.7 * row / len(kinds))
     return svg[0]
 
 
@@ -157,13 +178,13 @@ def loss_panel(unit: UnitRow, run: Run) -> str:
         if math.isfinite(run.warm_up) and 0 < run.warm_up <= 1:
             axes.axvspan(0, run.warm_up * last, color=CODES["shade"], lw=0, zorder=0)
         for side, colour in ((axes, "after"), (right, "before")):
-            side.yaxis.set_major_locator(MaxNLocator(4))
+            side.yaxis.set_major_locator(MaxNLocator(4, steps=ROUND))
             side.tick_params(axis="y", labelcolor=CODES[colour], pad=3)
             side.yaxis.set_major_formatter(lambda value, _: brief(value))
             side.spines["left"].set_visible(False)
         if not max(penalties) > 0:
             right.set_yticks([])
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND, integer=True))
         axes.xaxis.set_major_formatter(lambda value, _: brief(value))
         axes.grid(axis="y")
     return svg[0]
@@ -194,15 +215,15 @@ def activation_panel(activation: ActivationRow) -> str:
     low, high = min(edges), max(edges)
     if not low < high:
         low, high = low - 1, high + 1
-    with canvas(*PANEL, 44, 20, 10, 6) as (axes, svg):
+    with canvas(*PANEL, 54, 20, 10, 6) as (axes, svg):
         axes.set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
         draw_histogram(axes, activation, total)
         if ranges:
             draw_grid(axes, ranges[-1], activation)
         if len(ranges) == 2:
-            for value in (ranges[0].low, ranges[0].high):
-                axes.axvline(value, color=CODES["before"], lw=1.4, ls=(0, (4, 2)))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+            lines = [(x, 0, x, 1) for x in (ranges[0].low, ranges[0].high)]
+            strokes(axes, lines, "before", lw=1.4, ls=(0, (4, 2)), transform=axes.get_xaxis_transform())
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
         axes.xaxis.set_major_formatter(lambda value, _: brief(value))
         axes.spines["left"].set_visible(False)
     return svg[0]
@@ -228,7 +249,7 @@ def draw_histogram(axes: Axes, activation: ActivationRow, total: float) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(
-        lambda value, _: f"{brief(value)} %" if value >= 1e-3 else f"{value:.0e}"
+        lambda share, _: f"{brief(share) if share >= 1e-3 else f'{share:.0e}'} %"
     )
 
 
@@ -236,26 +257,30 @@ def draw_grid(axes: Axes, found: RangeRow, activation: ActivationRow) -> None:
     """The range as a shade and its levels as lines, where they are few enough to be told apart."""
     axes.axvspan(found.low, found.high, color=CODES["after"], alpha=0.10, lw=0, zorder=0)
     count = 2**activation.bits if activation.bits else 0
-    levels = (
-        np.linspace(found.low, found.high, count) if 1 < count <= MOST_LEVELS else [found.low, found.high]
-    )
-    if activation.channels > 1:
-        levels = [found.low, found.high]
-    for level in levels:
-        axes.axvline(level, color=CODES["after"], lw=0.9, alpha=0.8)
+    told_apart = activation.channels == 1 and 1 < count <= MOST_LEVELS
+    levels = np.linspace(found.low, found.high, count if told_apart else 2).tolist()
+    upright = axes.get_xaxis_transform()
+    strokes(axes, [(x, 0, x, 1) for x in levels], "after", lw=0.9, alpha=0.8, transform=upright)
 
 
-def series_chart(names: Sequence[str], series: Sequence[Sequence[float]]) -> str:
-    """A dot per row and series on a logarithmic axis, for at most as many series as there are colours."""
-    values = [value for one in series for value in one if drawable(value)]
+def series_chart(names: Sequence[str], series: Sequence[Sequence[float]], logarithmic: bool) -> str:
+    """A dot per row and series, for at most as many series as there are colours; empty without any."""
+    shown = series[: len(SERIES)]
+    valid = drawable if logarithmic else math.isfinite
+    values = [value for one in shown for value in one if valid(value)]
     if not values:
         return ""
-    markers = "os^DvPX*"
-    with canvas(*row_chart(names)) as (axes, svg):
+    row = ROW * max(1.0, 0.3 * len(shown))
+    with canvas(*row_chart(names, row=row)) as (axes, svg):
         rows_axes(axes, names)
-        positive_log_axis(axes, values)
-        for number, one in enumerate(series[: len(SERIES)]):
-            points = [(value, row) for row, value in enumerate(one) if drawable(value)]
-            style = {"mfc": CODES[SERIES[number]], "mec": "none", "ms": 6.5, "alpha": 0.85}
-            dots(axes, points, markers[number], style)
+        if logarithmic:
+            positive_log_axis(axes, values)
+        else:
+            axes.set_xlim(0, 1.05 * max(max(values), 1e-12))
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
+        for number, one in enumerate(shown):
+            shift = 0.6 * (number + 0.5) / len(shown) - 0.3  # so that equal values do not hide each other
+            points = [(value, place + shift) for place, value in enumerate(one) if valid(value)]
+            style = {"mfc": CODES[SERIES[number]], "mec": "none", "ms": 6}
+            dots(axes, points, "os^DvPX*"[number], style)
     return svg[0]

@@ -251,6 +251,6 @@ def flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
 
 def _shown(value: Any) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False)[:2000]
+        return (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))[:2000]
     except (ValueError, RecursionError):  # nested too deeply
         return "?"
