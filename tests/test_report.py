@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from calibquant.errors import UserError
+from calibquant.report import plots
 from calibquant.report.page import run_page
 from calibquant.report.record import THUMBNAILS
 from calibquant.report.run_data import read_run
@@ -145,9 +146,8 @@ def test_a_network_of_150_layers_stays_small_and_readable(
     monkeypatch.setattr(plots, "loss_panel", lambda *_: curve)  # equal data: drawn once, to save time
     monkeypatch.setattr(plots, "activation_panel", lambda _: histogram)
     parts = require_self_contained(run_page(run))
-    heights = [
-        float((attributes["viewbox"] or "").split()[3]) for tag, attributes in parts.tags if tag == "svg"
-    ]
+    boxes = [attributes["viewbox"] or "" for tag, attributes in parts.tags if tag == "svg"]
+    heights = [float(box.split()[3]) for box in boxes]
     assert len(heights) == 306 and max(heights) > 15 * 150  # a chart's rows keep their height
     assert not [attributes for tag, attributes in parts.tags if tag == "details" and attributes]  # folded
 
