@@ -125,7 +125,9 @@ def units(run: Run) -> str:
     shares = keys(("dot", "after", "rounded away from nearest"), ("dot", "before", "unconverged"))
     charts = [
         figure("Error before and after", "logarithmic", plots.error_chart, rows, legend=keys(*errors)),
-        figure("Rounding of weights", "percent of a unit's", plots.shares_chart, rows, legend=shares),
+        figure(
+            "Rounding of weights", "percent of a unit's weights", plots.shares_chart, rows, legend=shares
+        ),
         figure("Time", "seconds", plots.bar_rows, names, seconds, "{:g}"),
         figure("Peak memory so far", "GiB, when the unit was done", plots.bar_rows, names, memory, "{:g}"),
     ]

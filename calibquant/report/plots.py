@@ -147,7 +147,7 @@ def bar_rows(
     known = finite(value for values, _, _ in kinds for value in values)
     if not known:
         return ""
-    row = ROW * max(1.0, 0.55 * len(kinds))
+    row = ROW * max(1.0, 0.5 * len(kinds))
     with canvas(*row_chart(names, row=row)) as (axes, svg):
         rows_axes(axes, names)
         axes.set_xlim(0, 1.05 * max(known) if max(known) > 0 else 1)
