@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from typing import Any
 
 import matplotlib
@@ -26,7 +25,6 @@ FONT_PX = 11.0
 
 _FONT = "DejaVu Sans"
 """Comes with matplotlib, which measures with it; the page then uses a font of its own."""
-_salts = count()
 _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names are no formulas
     "font.family": _FONT,
@@ -48,6 +46,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": CODES["line"],
     "grid.linewidth": 0.6,
     "svg.fonttype": "none",
+    "svg.hashsalt": "calibquant",  # an id follows from what it names, and so may stand in two figures
     "axes.axisbelow": True,
     "axes.formatter.useoffset": False,
     "path.simplify": True,
@@ -63,8 +62,7 @@ def canvas(
     Everything is drawn inside the scope, where the page's style holds.
     """
     svg: list[str] = []
-    style = {**_STYLE, "svg.hashsalt": f"figure {next(_salts)}"}  # ids must differ within a page
-    with matplotlib.rc_context(style), warnings.catch_warnings():
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of glyphs that the measuring font lacks, and of odd numbers
         figure = Figure(figsize=(width / 72, height / 72), dpi=72)
         FigureCanvasSVG(figure)
@@ -82,8 +80,8 @@ def compact(svg: str) -> str:
     """An SVG file as an element of a page: its colours variables, its numbers short, nothing unused."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<style type=\"text/css\">.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1 role="img">', svg, count=1)
-    svg = re.sub(rf"font-size: {FONT_PX:g}px; |font-family: '{_FONT}'; ", "", svg)
+    svg = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1>", svg, count=1)
+    svg = re.sub(r"font(-size|-family)?: [^;\"<>]*; ", "", svg)
     svg = re.sub(r' transform="rotate\(-0 [^"]*"|<path d="[^"]*" style="fill: none"/>', "", svg)
     for name, code in CODES.items():
         svg = svg.replace(code, f"var(--{name})")

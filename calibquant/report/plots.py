@@ -17,6 +17,8 @@ from calibquant.report.run_data import SCORES, ActivationRow, RangeRow, Run, Sco
 
 WIDTH, ROW, LONG = 390.0, 17.0, 22
 """Pixels of a row chart, and the characters of a row's name."""
+TALL = 40
+"""A chart of more rows has its axis at the top, too."""
 PANEL = (280.0, 130.0)
 ROUND = [1.0, 2.0, 5.0, 10.0]
 """Steps between ticks."""
@@ -29,12 +31,13 @@ def finite(values: Iterable[float]) -> list[float]:
 
 
 def rows_axes(axes: Axes, names: Sequence[str]) -> None:
-    """A row per name, from the top down, with a light line along each."""
+    """A row per name, from the top down."""
     axes.set_ylim(len(names) - 0.4, -0.6)
     short = [name if len(name) <= LONG else f"{name[: LONG - 2]}…" for name in names]
     axes.set_yticks(range(len(names)), short)
     axes.tick_params(axis="y", labelcolor=CODES["ink"], pad=4)
     axes.grid(axis="x")
+    axes.tick_params(axis="x", top=len(names) > TALL, labeltop=len(names) > TALL)
     axes.spines["left"].set_visible(False)
 
 
@@ -52,7 +55,8 @@ def row_chart(
 ) -> tuple[float, float, float, float, float, float]:
     """Width, height and margins (left, bottom, right, top) of a chart with these rows."""
     left = 14 + 6.6 * min(LONG, max((len(name) for name in names), default=1))
-    return WIDTH, row * max(1, len(names)) + 36, left, 28, aside, 8
+    top = 26 if len(names) > TALL else 8
+    return WIDTH, row * max(1, len(names)) + 28 + top, left, 28, aside, top
 
 
 def positive_log_axis(axes: Axes, values: Sequence[float]) -> None:
@@ -97,13 +101,14 @@ def error_chart(units: Sequence[UnitRow]) -> str:
     if not values:
         return ""
     names = [unit.name for unit in units]
-    with canvas(*row_chart(names, aside=48)) as (axes, svg):
+    with canvas(*row_chart(names, aside=54)) as (axes, svg):
         rows_axes(axes, names)
         positive_log_axis(axes, values)
         for row, unit in enumerate(units):
             if change := change_words(unit.before, unit.after):
-                aside = axes.get_yaxis_transform()
-                axes.text(1.14, row, change, ha="right", va="center", transform=aside)
+                place = 1 + 52 / axes.bbox.width
+                beside = axes.get_yaxis_transform()
+                axes.text(place, row, change, ha="right", va="center", transform=beside)
         for colour, marker, reverted in (("after", "o", False), ("warn", "X", True)):
             chosen = [(row, unit) for row, unit in enumerate(units) if unit.reverted == reverted]
             both = [(row, u) for row, u in chosen if drawable(u.before) and drawable(u.after)]
@@ -166,7 +171,7 @@ def loss_panel(unit: UnitRow, run: Run) -> str:
         return ""
     steps, losses, penalties = zip(*points, strict=True)
     last = run.iters if math.isfinite(run.iters) and run.iters > 1 else max(steps) + 1
-    with canvas(*PANEL, 44, 20, 44, 6) as (axes, svg):
+    with canvas(*PANEL, 50, 20, 44, 6) as (axes, svg):
         right = axes.twinx()
         right.patch.set_visible(False)
         right.fill_between(steps, penalties, color=CODES["before"], alpha=0.22, lw=0)
