@@ -37,7 +37,7 @@ SILENT = (
 class Browser:
     """One browser process; use as a context."""
 
-    def __init__(self, patience: float = 60) -> None:
+    def __init__(self, patience: float = 120) -> None:
         self.patience = patience
         self.events: list[dict[str, Any]] = []
         self.sent = 0
