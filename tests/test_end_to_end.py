@@ -108,7 +108,8 @@ def test_main_leaves_a_log_metrics_and_a_model(finished):
     assert checkpoint.stem.rpartition("_")[2].isdigit()
     log = (folder / "calibquant.log").read_text()
     assert "unit layer4.1" in log and str(metrics["checkpoint"]) in log and "\r" not in log
-    assert sorted(p.name for p in folder.iterdir()) == ["calibquant.log", "metrics.json"]
+    left = ["calibquant.log", "metrics.json", "report.html", "report.json"]
+    assert sorted(p.name for p in folder.iterdir()) == left
 
 
 @pytest.mark.parametrize("as_module", [False, True])

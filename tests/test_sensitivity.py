@@ -246,7 +246,7 @@ def test_without_matplotlib_one_line_says_what_to_do_and_none_is_needed_for_no_p
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.chdir(place)
     config = str(write_config(place, **QUICK))
-    with pytest.raises(UserError, match=r"requirements-plot\.txt, or give --plot none"):
+    with pytest.raises(UserError, match=r"requirements\.txt, or give --plot none"):
         run(monkeypatch, sensitivity.main, "--config", config)
     run(monkeypatch, sensitivity.main, "--config", config, "--plot", "none", "--images", "2")
 

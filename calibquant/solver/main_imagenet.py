@@ -40,8 +40,9 @@ from calibquant.solver.pipeline import (
     recon_settings,
 )
 from calibquant.solver.recon import reconstruct
+from calibquant.solver.report import recorded_for_report, write_report
 from calibquant.solver.resume import RunState, identity, run_state
-from calibquant.solver.run_log import RunLog, start_run, versions
+from calibquant.solver.run_log import RunLog, peak_memory, start_run, versions
 from calibquant.solver.script import choose_device, config_parser, run_script
 
 logger = logging.getLogger("calibquant")
@@ -56,6 +57,7 @@ def main() -> None:
         except KeyboardInterrupt:
             logger.info("interrupted; finished units are kept, the same command continues with them")
             raise
+        write_report(run.folder)
 
 
 def quantize(config: EasyDict, device: torch.device, run: RunLog, state: RunState) -> Path:
@@ -86,7 +88,7 @@ def quantize(config: EasyDict, device: torch.device, run: RunLog, state: RunStat
         calibrate(quantized, calibration.images, config.data.batch_size)
     score("range_only", "ranges only", quantized)
 
-    with run.stage("reconstruct"):
+    with recorded_for_report(run.folder, quantized, calibration, config), run.stage("reconstruct"):
         reconstruct_and_report(quantized, calibration, config, run, state)
 
     with run.stage("save"):
@@ -123,7 +125,7 @@ def reconstruct_and_report(
         )
         if result.reverted:
             logger.warning("unit %s: learning made it no better, kept as calibrated", result.name)
-        results.append(asdict(result))
+        results.append(asdict(result) | peak_memory())
         run.record(units=results)
 
 

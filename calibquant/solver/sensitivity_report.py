@@ -59,7 +59,7 @@ def require_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "the plot needs matplotlib: pip install -r requirements-plot.txt, or give --plot none"
+            "the plot needs matplotlib: pip install -r requirements.txt, or give --plot none"
         ) from error
 
 
