@@ -76,16 +76,16 @@ def test_too_little_memory_leads_to_files_and_then_to_one_clear_line(tmp_path, h
         many = IMAGES
     if kind is None:
         with pytest.raises(UserError, match=r"quant\.recon\.batch_size 8 needs about"):
-            choose_store(model, many, settings, tmp_path, free)
+            choose_store(model, many, settings, tmp_path, free=free)
     else:
-        assert type(choose_store(model, many, settings, tmp_path, free)) is kind
+        assert type(choose_store(model, many, settings, tmp_path, free=free)) is kind
 
 
 def test_no_room_anywhere_is_one_line_that_names_the_key(tmp_path):
     model, settings = small_model()
     many = IMAGES[:1].expand(1_000_000, 3, 16, 16)
     with pytest.raises(UserError, match=r"quant\.calibrate 1000000 images .* lower quant\.calibrate"):
-        choose_store(model, many, settings, tmp_path, lambda *_: Room(GIB, GIB, GIB))
+        choose_store(model, many, settings, tmp_path, free=lambda *_: Room(GIB, GIB, GIB))
 
 
 def test_what_is_free_is_asked_of_the_machine(tmp_path):

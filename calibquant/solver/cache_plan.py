@@ -85,6 +85,7 @@ def choose_store(
     images: Tensor,
     settings: ReconSettings,
     folder: Path,
+    processes: int = 1,
     free: Callable[[torch.device, Path], Room] = room,
 ) -> Store:
     """The fastest place that holds the caches: the device, host memory, or files in a folder.
@@ -92,6 +93,7 @@ def choose_store(
     Args:
         images: calibration images ``[N, 3, H, W]``.
         folder: for memory-mapped files, should they be needed.
+        processes: that share the host.
         free: tells what is free.
 
     Raises:
@@ -99,7 +101,8 @@ def choose_store(
     """
     device, dtype = next(model.buffers()).device, CACHE_TYPES[settings.cache]
     need = estimate(model, images[:1].to(device), len(images), settings)
-    have = free(device, folder)
+    found = free(device, folder)
+    have = Room(found.device, found.host // processes, found.disk // processes)
     on_gpu, cpu = device.type == "cuda", torch.device("cpu")
     logger.info("memory: activations %s, a step %s", _size(need.caches), _size(need.step))
     if need.step > SPARE * have.device:

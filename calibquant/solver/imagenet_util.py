@@ -11,7 +11,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from calibquant.errors import UserError, printable
 from calibquant.paths import expand
+from calibquant.solver.peers import Peers
 
 logger = logging.getLogger("calibquant")
 
@@ -86,6 +87,14 @@ class Calibration:
     files: list[str]
     sha256: str
     skipped: int = 0
+
+    def share(self, peers: Peers) -> "Calibration":
+        """The same set of which only one process's images are in memory."""
+        if peers.size == 1:
+            return self
+        return replace(
+            self, images=self.images[peers.share(len(self.images), "the calibration set")].clone()
+        )
 
     def manifest(self) -> dict[str, Any]:
         """What `metrics.json` and a checkpoint say of the calibration set."""
@@ -275,8 +284,8 @@ def make_loader(
     )
 
 
-def validation_loader(config: EasyDict) -> DataLoader[Any]:
-    """Batches of ``val/``.
+def validation_loader(config: EasyDict, peers: Peers | None = None) -> DataLoader[Any]:
+    """Batches of ``val/``, or of this process's part of it.
 
     Raises:
         UserError: folder or classes are not as they must be.
@@ -290,6 +299,8 @@ def validation_loader(config: EasyDict) -> DataLoader[Any]:
     samples = list_samples(expand(config.data.path) / "val", classes, "val folder")
     if samples[-1][1] == -1:
         raise UserError(f"val folder {config.data.path}/val: {samples[-1][0].name} is in no class folder")
+    if peers:
+        samples = samples[peers.share(len(samples), "val")]
     return make_loader(samples, evaluation_transform(config.data), config)
 
 
@@ -352,23 +363,30 @@ def report_unreadable(batch: Batch, skip: bool) -> list[Unreadable]:
     return batch.unreadable
 
 
-def batches(loader: DataLoader[Any], description: str) -> Iterator[Batch]:
+def batches(loader: DataLoader[Any], description: str, silent: bool = False) -> Iterator[Batch]:
     """Batches with a progress bar on a terminal, silently elsewhere."""
-    yield from tqdm(loader, desc=description, leave=False, disable=None, unit="batch")
+    yield from tqdm(loader, desc=description, leave=False, disable=silent or None, unit="batch")
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader[Any], device: torch.device, skip_unreadable: bool = False
+    model: nn.Module,
+    loader: DataLoader[Any],
+    device: torch.device,
+    skip_unreadable: bool = False,
+    peers: Peers | None = None,
 ) -> Score:
     """Top-1 and top-5 accuracy in percent over all logits (top-5 of fewer classes: all of them).
+
+    Args:
+        peers: processes with the other parts of the images.
 
     Raises:
         UserError: an image is unreadable (unless ``skip_unreadable``), or none can be read.
     """
     hits = torch.zeros(2, dtype=torch.int64, device=device)
-    images, skipped = 0, 0
-    for batch in batches(loader, "evaluate"):
+    peers, images, skipped = peers or Peers(), 0, 0
+    for batch in batches(loader, "evaluate", silent=not peers.leads):
         skipped += len(report_unreadable(batch, skip_unreadable))
         if not len(batch.images):
             continue
@@ -377,7 +395,7 @@ def evaluate(
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         hits += torch.stack([ranked[:, 0].sum(), ranked.sum()])
         images += len(targets)
+    top1, top5, images, skipped = peers.total([*hits.tolist(), images, skipped])
     if not images:
         raise UserError("val folder: no image in it can be read")
-    top1, top5 = (100.0 * hits / images).tolist()
-    return Score(top1, top5, images, skipped)
+    return Score(100.0 * top1 / images, 100.0 * top5 / images, images, skipped)

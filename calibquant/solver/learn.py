@@ -22,6 +22,7 @@ from calibquant.quantization.drop import Draws, Drop
 from calibquant.quantization.fake_quant import AdaRoundFakeQuantize
 from calibquant.quantization.state import dropping, quantizer_inputs, quantizers
 from calibquant.solver.caches import Batches, UnitData, batches_of
+from calibquant.solver.peers import Peers
 
 CONVERGED = 0.01
 """A soft rounding this near to 0 or 1 counts as decided."""
@@ -74,17 +75,6 @@ class Engine:
     def step(self, step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
         """The step in the form that the loop calls."""
         return step
-
-
-class Peers:
-    """Other processes that learn the same unit from other images: here none; see ``distributed.py``."""
-
-    def average(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor, in place, by its mean over all processes."""
-
-    def mean(self, value: float, count: int) -> float:
-        """The mean of a value over all processes, each weighted by its number of images."""
-        return value
 
 
 def learn_unit(
@@ -143,6 +133,7 @@ def learn_unit(
             done = number + 1
             if number in points and not math.isfinite(peers.mean(float(trace[number, 0]), 1)):
                 break  # diverged: the unit's error will show it
+    peers.average([trace])
     losses = trace[:done].cpu()
     finite = [n for n in points if n < done and bool(torch.isfinite(losses[n]).all())]
     curve = [TracePoint(n, *losses[n].tolist()) for n in finite]

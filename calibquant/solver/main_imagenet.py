@@ -6,7 +6,8 @@ python ./calibquant/solver/main_imagenet.py --config ./exp/w4a4/rs101/config.yam
 import argparse
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from calibquant.model.quant_resnet import QuantResNet
+from calibquant.solver.cache_plan import choose_store
 from calibquant.solver.checkpoint import MODEL_ROOT, save_checkpoint
 from calibquant.solver.config import config_name, load_config
 from calibquant.solver.fast import choose_engine
@@ -31,6 +33,7 @@ from calibquant.solver.imagenet_util import (
     validation_loader,
 )
 from calibquant.solver.learn import bfloat16_pays
+from calibquant.solver.peers import Peers
 from calibquant.solver.pipeline import (
     calibrate,
     fix_randomness,
@@ -39,7 +42,7 @@ from calibquant.solver.pipeline import (
     quantize_model,
     recon_settings,
 )
-from calibquant.solver.recon import reconstruct
+from calibquant.solver.recon import plain_steps, reconstruct
 from calibquant.solver.report import recorded_for_report, write_report
 from calibquant.solver.resume import RunState, identity, run_state
 from calibquant.solver.run_log import RunLog, peak_memory, start_run, versions
@@ -51,33 +54,50 @@ logger = logging.getLogger("calibquant")
 def main() -> None:
     args = parse_arguments()
     config = load_config(args.config)
-    with run_state(args.config, args.fresh) as state, start_run("train_log", config) as run:
-        try:
-            quantize(config, choose_device(args.device), run, state)
-        except KeyboardInterrupt:
-            logger.info("interrupted; finished units are kept, the same command continues with them")
-            raise
+    with (
+        run_state(args.config, args.fresh) as state,
+        start_run("train_log", config) as run,
+        interruptible(),
+    ):
+        quantize(config, choose_device(args.device), run, state)
         write_report(run.folder)
 
 
-def quantize(config: EasyDict, device: torch.device, run: RunLog, state: RunState) -> Path:
-    """The whole job; returns the saved file's path."""
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """On the way out of an interrupted run, say that it can go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        logger.info("interrupted; finished units are kept, the same command continues with them")
+        raise
+
+
+def quantize(
+    config: EasyDict, device: torch.device, run: RunLog, state: RunState, peers: Peers | None = None
+) -> Path:
+    """The whole job; returns the saved file's path.
+
+    Args:
+        peers: processes that do it together, each with its part of the images.
+    """
+    peers = peers or Peers()
     fix_randomness(config.process.seed, config.process.deterministic)
-    require_writable(MODEL_ROOT / config_name(config))
+    peers.from_first(lambda: require_writable(MODEL_ROOT / config_name(config)))
     with run.stage("load"):
-        model = float_model(config)
-        validation = validation_loader(config)
+        model = peers.from_first(lambda: float_model(config))
+        validation = validation_loader(config, peers)
         calibration = load_calibration(config)
-        state.require_same(identity(config, model, calibration.sha256, device))
+        state.require_same(identity(config, model, calibration.sha256, device, peers.size))
         model.to(device)
-    run.record(calibration=calibration.manifest())
+    run.record(calibration=calibration.manifest(), processes=peers.size)
     logger.info("calibration: %d images, sha256 %s", len(calibration.files), calibration.sha256)
 
     def score(key: str, words: str, network: nn.Module) -> None:
         with run.stage(f"evaluate_{key}"):
             kept = state.score(key)
             skip = config.data.skip_unreadable
-            found = Score(**kept) if kept else evaluate(network, validation, device, skip)
+            found = Score(**kept) if kept else evaluate(network, validation, device, skip, peers)
         state.keep_score(key, found.as_dict())
         logger.info("%s:%s (%d images, %d skipped)", words, found, found.images, found.skipped)
         run.record(**{key: found.as_dict()})
@@ -85,35 +105,47 @@ def quantize(config: EasyDict, device: torch.device, run: RunLog, state: RunStat
     score("float", "float", model)
     with run.stage("calibrate"):
         quantized = quantize_model(model, config)
-        calibrate(quantized, calibration.images, config.data.batch_size)
+        if peers.leads:  # on all images: ranges are then those of a single process
+            calibrate(quantized, calibration.images, config.data.batch_size)
+        peers.match(quantized)
     score("range_only", "ranges only", quantized)
 
-    with recorded_for_report(run.folder, quantized, calibration, config), run.stage("reconstruct"):
-        reconstruct_and_report(quantized, calibration, config, run, state)
+    recorded = recorded_for_report(run.folder, quantized, calibration, config)
+    with recorded if peers.leads else nullcontext(), run.stage("reconstruct"):
+        reconstruct_and_report(quantized, calibration.share(peers), config, run, state, peers)
+
+    def save() -> Path:
+        path = save_checkpoint(quantized, config, story(config, calibration, peers))
+        size, full = path.stat().st_size / 1e6, parameters_in_float32_mb(model)
+        logger.info("saved %s: %.2f MB (float32: %.2f MB)", path, size, full)
+        run.record(checkpoint=str(path), checkpoint_mb=size, float32_mb=full)
+        return path
 
     with run.stage("save"):
-        path = save_checkpoint(quantized, config, story(config, calibration))
-    size, full = path.stat().st_size / 1e6, parameters_in_float32_mb(model)
-    logger.info("saved %s: %.2f MB (float32: %.2f MB)", path, size, full)
-    run.record(checkpoint=str(path), checkpoint_mb=size, float32_mb=full)
+        path = peers.from_first(save)
     score("quantized", "quantized", quantized)
     state.forget()
     return path
 
 
 def reconstruct_and_report(
-    model: QuantResNet, calibration: Calibration, config: EasyDict, run: RunLog, state: RunState
+    model: QuantResNet,
+    calibration: Calibration,
+    config: EasyDict,
+    run: RunLog,
+    state: RunState,
+    peers: Peers,
 ) -> None:
     """Reconstruct unit by unit, logging each and keeping the metrics up to date."""
-    settings, seed = recon_settings(config), config.process.seed
-    device = next(model.buffers()).device
+    settings = recon_settings(config, len(calibration.files), peers.size)
+    images, seed, device = calibration.images, config.process.seed, next(model.buffers()).device
+    progress = progress_bar if peers.leads else plain_steps
     engine = choose_engine(settings.compile, device)
+    store = choose_store(model, images, settings, run.folder, peers.size)
     if settings.precision == "bf16" and not bfloat16_pays(device):
         logger.warning("quant.recon.precision is bf16, which is slower than float32 here: using float32")
     results = []
-    for result in reconstruct(
-        model, calibration.images, settings, seed, progress_bar, state, engine=engine
-    ):
+    for result in reconstruct(model, images, settings, seed, progress, state, store, engine, peers):
         logger.info(
             "unit %-12s error %.5g -> %.5g, %.1f s, %.2f %% rounded away, %.2f %% unconverged",
             result.name,
@@ -135,17 +167,18 @@ def progress_bar(name: str, steps: int) -> Iterable[int]:
     return bar
 
 
-def story(config: EasyDict, calibration: Calibration) -> dict[str, object]:
+def story(config: EasyDict, calibration: Calibration, peers: Peers) -> dict[str, object]:
     """What a checkpoint says of how it came to be."""
     return {
         "seed": config.process.seed,
+        "processes": peers.size,
         "versions": versions(),
         "calibration": calibration.manifest(),
     }
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = config_parser(__doc__)
+def parse_arguments(description: str | None = __doc__) -> argparse.Namespace:
+    parser = config_parser(description)
     parser.add_argument("--fresh", action="store_true", help="start anew, whatever an unfinished run left")
     return parser.parse_args()
 

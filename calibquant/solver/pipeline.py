@@ -100,9 +100,15 @@ def report_dead_channels(model: QuantResNet) -> None:
             logger.warning("%s: %d of %d channels are zero throughout", name, dead, quantizer.scale.numel())
 
 
-def recon_settings(config: EasyDict) -> ReconSettings:
-    """`quant.recon` as reconstruction takes it."""
+def recon_settings(config: EasyDict, images: int | None = None, processes: int = 1) -> ReconSettings:
+    """`quant.recon` as reconstruction takes it.
+
+    Args:
+        images: of the calibration set; a step takes at most all of them.
+        processes: each takes its share of a step's images.
+    """
     values = dict(config.quant.recon)
+    values["batch_size"] = min(values["batch_size"], images or values["batch_size"]) // processes
     values["b_range"] = tuple(values["b_range"])
     return ReconSettings(**values)
 

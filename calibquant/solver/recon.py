@@ -23,13 +23,13 @@ from calibquant.quantization.state import full_precision
 from calibquant.solver.caches import CACHE_TYPES, Activations, Store, UnitData, run_batched
 from calibquant.solver.learn import (
     Engine,
-    Peers,
     Progress,
     ReconSettings,
     TracePoint,
     learn_unit,
     reconstruction_loss,
 )
+from calibquant.solver.peers import Peers
 
 
 @dataclass
@@ -103,7 +103,7 @@ def reconstruct(
         memory: units finished by an earlier run are recalled from it instead of learned again.
         store: keeps activations of all images; None: as the settings say.
         engine: runs the steps; None: as they are written.
-        peers: processes that learn the same units from other images.
+        peers: processes that reconstruct the same units, each from its own images.
     """
     memory = memory or Memory()
     device = next(model.buffers()).device
@@ -117,7 +117,8 @@ def reconstruct(
             data = unit_data(unit, activations, means)
             result = memory.recall(unit)
             if result is None:
-                generator = torch.Generator(device).manual_seed(seed * 10_007 + index)
+                draws = unit_seed(seed, index, means.peers.rank)
+                generator = torch.Generator(device).manual_seed(draws)
                 result = reconstruct_unit(unit, data, means, generator)
                 result.seconds = time.perf_counter() - started
                 memory.remember(unit, result)
@@ -126,6 +127,11 @@ def reconstruct(
             activations.write(unit, output, data.target, _names_read_before_written(units[index + 1 :]))
             del data, output, over
             yield result
+
+
+def unit_seed(seed: int, index: int, rank: int) -> int:
+    """Seed of a unit's draws: the run's, the unit's place (below 1,000), and the process's number."""
+    return seed * 10_007 + index + 1_000 * rank
 
 
 def store_for(settings: ReconSettings, device: torch.device) -> Store:

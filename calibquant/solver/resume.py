@@ -40,7 +40,7 @@ HARMLESS = ("data.num_workers", "data.pin_memory")
 
 
 def identity(
-    config: EasyDict, model: nn.Module, calibration_sha256: str, device: torch.device
+    config: EasyDict, model: nn.Module, calibration_sha256: str, device: torch.device, processes: int = 1
 ) -> dict[str, str]:
     """Everything that a run's result depends on, by name."""
     paths = [key.path for key in KEYS if key.path not in HARMLESS]
@@ -54,6 +54,7 @@ def identity(
         "device": torch.cuda.get_device_name(device)
         if on_gpu
         else f"cpu, {torch.get_num_threads()} threads",
+        "processes": str(processes),
     }
 
 
@@ -190,5 +191,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _difference(key: str, before: str | None, now: str | None) -> str:
-    readable = key.startswith("config ") or key == "device"
+    readable = key.startswith("config ") or key in ("device", "processes")
     return f"{key} was {before}, is {now}" if readable else f"the {key} changed"

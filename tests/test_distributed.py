@@ -1,0 +1,303 @@
+"""Several processes: the arithmetic of one, the same decisions everywhere, one voice, and no hanging."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import yaml
+
+from calibquant.errors import UserError
+from calibquant.solver import recon
+from calibquant.solver.checkpoint import load_checkpoint
+from calibquant.solver.distributed import Team
+from calibquant.solver.peers import Peers
+from calibquant.solver.pipeline import recon_settings
+from calibquant.solver.recon import reconstruct
+from tests.small import calibrated_model, random_float_model, small_config, some_wnids, write_images
+from tests.test_end_to_end import SOLVER, only, script, write_config
+
+IMAGES = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+WHOLE_BATCHES = {
+    "quant__ends_8bit": [],
+    "quant__w_qconfig__bit": 2,
+    "quant__recon__batch_size": 12,
+    "quant__recon__drop_prob": 1,
+    "quant__recon__iters": 20,
+    "quant__recon__cache": "fp32",
+}
+"""Every step sees all images and nothing is random: what several processes do must be what one does."""
+
+
+def learned_by(peers: Peers, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Everything that a full reconstruction learns, unit by unit, as it is before hardening."""
+    config, learned = small_config(**WHOLE_BATCHES), {}
+    settings = recon_settings(config, len(IMAGES), peers.size)
+    model = calibrated_model(config, IMAGES)
+    harden = recon.harden
+
+    def spy(module):
+        parameters = {f"{len(learned)} {name}": p.detach().clone() for name, p in module.named_parameters()}
+        learned.update(parameters)
+        harden(module)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recon, "harden", spy)
+        results = list(reconstruct(model, images, settings, 7, peers=peers))
+    for result in results:
+        learned |= {f"{result.name} error": torch.tensor([result.error_before, result.error_after])}
+        learned |= {f"{result.name} loss": torch.tensor([point.reconstruction for point in result.trace])}
+    return learned
+
+
+def one_of_two(rank: int, folder: Path) -> None:
+    """What a process of two does; its results go to a file."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    team = Team(store, rank, 2)
+    found = {
+        "learned": learned_by(team, IMAGES[rank::2]),
+        "mean": team.mean(float(rank), 1 + 2 * rank),
+        "total": team.total([rank, 10]),
+        "first": team.from_first(lambda: f"made by {rank}"),
+    }
+    tensors = [torch.full((2, 3), float(rank)), torch.arange(8.0).view(1, 2, 2, 2) * (1 + rank)]
+    tensors[1] = tensors[1].contiguous(memory_format=torch.channels_last)
+    team.average(tensors)
+    found["averaged"] = tensors
+    config = small_config()
+    model = calibrated_model(config, IMAGES * (1 + rank))
+    team.match(model)
+    found["matched"] = {name: value.clone() for name, value in model.state_dict().items()}
+    team.require_equal(model, "matched")
+    model.stem.conv1.bias += rank
+    try:
+        team.require_equal(model.stem, "unit stem")
+    except UserError as error:
+        found["unequal"] = str(error)
+    torch.save(found, folder / f"{rank}.pth")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes found."""
+    folder = tmp_path_factory.mktemp("two")
+    mp.spawn(one_of_two, (folder,), nprocs=2)
+    return [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in range(2)]
+
+
+def test_two_processes_that_see_all_images_together_learn_what_one_learns(two):
+    alone = learned_by(Peers(), IMAGES)
+    first, second = (each["learned"] for each in two)
+    assert alone.keys() == first.keys() == second.keys() and len(alone) > 50
+    for name, expected in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        difference = (first[name] - expected).abs()
+        # Adam turns the last bits of a gradient near zero into a step, so single logits may stray;
+        # all move by about 0.2
+        assert float(difference.mean()) < 2e-5 and float(difference.max()) < 0.02, name
+
+
+def test_collectives_are_plain_arithmetic(two):
+    for found in two:
+        assert found["mean"] == pytest.approx(3 / 4)
+        assert found["total"] == [1, 20] and found["first"] == "made by 0"
+        assert torch.equal(found["averaged"][0], torch.full((2, 3), 0.5))
+        assert torch.equal(found["averaged"][1], torch.arange(8.0).view(1, 2, 2, 2) * 1.5)
+        assert found["unequal"] == "unit stem: process 1 holds other values than process 0"
+    expected = calibrated_model(small_config(), IMAGES).state_dict()
+    for name, value in expected.items():
+        assert all(torch.equal(found["matched"][name], value) for found in two), name
+
+
+def test_parts_hold_every_image_once_and_batches_are_shared_out():
+    class Third(Peers):
+        rank, size = 2, 3
+
+    assert [*range(10)][Third().share(10, "val")] == [2, 5, 8]
+    assert recon_settings(small_config(), 12, 2).batch_size == 4
+    assert recon_settings(small_config(quant__recon__batch_size=32), 13, 2).batch_size == 6
+    assert recon_settings(small_config(), 12).batch_size == 8
+
+
+def torchrun(config: Path, *arguments: str, processes: int = 2) -> subprocess.Popen:
+    """A torchrun job left running."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    target = [str(SOLVER / "main_distributed.py"), "--config", str(config), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, *command, *target],
+        cwd=config.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(job: subprocess.Popen) -> tuple[str, str]:
+    try:
+        return job.communicate(timeout=300)
+    finally:
+        job.kill()
+
+
+def wait_for(job: subprocess.Popen, beginning: str) -> list[str]:
+    """The job's lines up to one with this beginning."""
+    lines = []
+    assert job.stdout is not None
+    for line in job.stdout:
+        lines.append(line)
+        if line.startswith(beginning):
+            break
+    return lines
+
+
+def processes_of(job: subprocess.Popen) -> list[int]:
+    """Process ids of a job's processes, in the order they were started in."""
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    return sorted(int(child) for child in children)
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that has ended may wait for someone to ask how."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Images of five classes, float weights for them, and nothing else."""
+    folder = tmp_path_factory.mktemp("team")
+    write_images(folder / "imagenet" / "val", some_wnids(5), 5)
+    write_images(folder / "imagenet" / "sel", some_wnids(5), 3, seed=1)
+    network = small_config(model__kwargs__num_classes=5)
+    torch.save(random_float_model(network).state_dict(), folder / "float.pth")
+    return folder
+
+
+def team_config(place: Path, name: str, **changes) -> Path:
+    observers = {f"quant__{each}_qconfig__observer": "MinMaxObserver" for each in "wa"}
+    few = {"quant__recon__iters": 40, "quant__recon__compile": "never"}
+    classes = {"model__kwargs__num_classes": 5, "data__classes": "folders"}
+    return write_config(place, data__type=name, **{**observers, **few, **classes, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> tuple[Path, dict]:
+    """A job that ran through: its config, and its metrics."""
+    config = team_config(place, "whole")
+    job = torchrun(config)
+    out, err = finish(job)
+    assert job.returncode == 0, err
+    assert out.count("float: * Acc@1") == 1 and out.count("unit stem") == 1, "one voice"
+    return config, metrics_of(place, "whole")
+
+
+def metrics_of(place: Path, name: str) -> dict:
+    newest = max((place / f"train_log/resnet18_{name}_w2_a4").glob("*/metrics.json"))
+    return json.loads(newest.read_text())
+
+
+def test_a_job_leaves_one_log_and_one_file_near_those_of_a_single_process(place, whole):
+    _, team = whole
+    alone = script("main_imagenet", "--config", str(team_config(place, "alone")), cwd=place)
+    assert alone.returncode == 0, alone.stderr
+    expected = metrics_of(place, "alone")
+    assert team["processes"] == 2 and expected["processes"] == 1
+    assert team["float"] == expected["float"] and team["range_only"] == expected["range_only"]
+    assert team["quantized"]["images"] == 25 and team["calibration"] == expected["calibration"]
+    for a, b in zip(team["units"], expected["units"], strict=True):
+        assert a["error_after"] == pytest.approx(b["error_after"], rel=0.3), a["name"]
+    only((place / "train_log/resnet18_whole_w2_a4").iterdir())
+    saved = [only((place / f"model_quantized/resnet18_{n}_w2_a4").iterdir()) for n in ("whole", "alone")]
+    logits = []
+    for path in saved:
+        model, _, metadata = load_checkpoint(path)
+        with torch.no_grad():
+            logits.append(model(IMAGES))
+    assert metadata["processes"] == 1
+    float_model = random_float_model(small_config(model__kwargs__num_classes=5))
+    float_model.load_state_dict(torch.load(place / "float.pth"))
+    with torch.no_grad():
+        distance = (logits[0] - logits[1]).norm() / (logits[1] - float_model(IMAGES)).norm()
+    assert distance < 1, "two networks are nearer to each other than to the float one"
+
+
+def test_a_job_that_loses_a_process_ends_and_the_same_command_goes_on(place, whole):
+    settings = yaml.safe_load(whole[0].read_text())
+    settings["data"]["type"] = "killed"
+    config = place / "killed.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    job = torchrun(config)
+    wait_for(job, "unit stem")
+    os.kill(processes_of(job)[1], signal.SIGKILL)
+    finish(job)
+    assert job.returncode not in (0, None)
+
+    job = torchrun(config)
+    lines = wait_for(job, "unit layer3.0")
+    assert any(line.startswith("continuing an unfinished run: ") for line in lines)
+    for process in [*processes_of(job), job.pid]:
+        os.kill(process, signal.SIGKILL)
+    finish(job)
+    assert not list((place / "model_quantized").glob("resnet18_killed_w2_a4/*.pth"))
+
+    job = torchrun(config)
+    out, err = finish(job)
+    assert job.returncode == 0 and "continuing an unfinished run: " in out, err
+    files = [only((place / f"model_quantized/resnet18_{n}_w2_a4").iterdir()) for n in ("whole", "killed")]
+    networks = [load_checkpoint(path)[0].state_dict() for path in files]
+    for (name, a), b in zip(networks[0].items(), networks[1].values(), strict=True):
+        assert torch.equal(a, b), name
+    assert not [path for path in (place / "train_log/unfinished").rglob("*") if path.is_file()]
+
+
+def test_a_killed_torchrun_takes_its_processes_along(place):
+    job = torchrun(team_config(place, "orphans", quant__recon__iters=100_000))
+    wait_for(job, "ranges only")
+    processes = processes_of(job)
+    assert len(processes) == 2
+    job.kill()
+    deadline = time.monotonic() + 120
+    while any(alive(process) for process in processes):
+        assert time.monotonic() < deadline, "its processes go on without it"
+        time.sleep(0.1)
+    finish(job)
+
+
+def test_a_mistake_is_told_once_whichever_process_meets_it(place):
+    root = place / "broken"
+    write_images(root / "val", some_wnids(5), 1)
+    write_images(root / "sel", some_wnids(5), 1)
+    victim = sorted((root / "val").rglob("*.JPEG"))[1]  # of the second process
+    victim.write_bytes(victim.read_bytes()[:300])
+    mistakes = {
+        "quant.recon.batch_size is 7, allowed is a multiple of 2": {"quant__recon__batch_size": 7},
+        f"image {victim}: cannot be read": {"data__path": str(root)},
+    }
+    for words, changes in mistakes.items():
+        job = torchrun(team_config(place, "mistake", **changes))
+        _, err = finish(job)
+        assert job.returncode not in (0, None)
+        assert words in only(errors(err)) and 'main_distributed.py", line' not in err, err
+
+
+def test_without_torchrun_one_line_says_how_to_start():
+    done = script("main_distributed", "--config", "any.yaml", cwd=Path())
+    assert done.returncode == 2 and "torchrun --nproc_per_node" in only(errors(done.stderr))
