@@ -29,7 +29,7 @@ from benchmarks.peer_qdrop import PeerUnits
 from calibquant.model.quant_layer import QuantConv2d, harden
 from calibquant.model.quant_resnet import QuantResNet, Unit
 from calibquant.quantization.state import quantizers
-from calibquant.solver.caches import Activations, UnitData
+from calibquant.solver.caches import Activations, UnitData, live_names, run_batched
 from calibquant.solver.config import load_config
 from calibquant.solver.fast import FastEngine
 from calibquant.solver.files import write_json
@@ -38,9 +38,7 @@ from calibquant.solver.learn import Engine, Peers, ReconSettings, learn_unit, le
 from calibquant.solver.pipeline import calibrate, float_model, quantize_model, recon_settings
 from calibquant.solver.recon import (
     Means,
-    _names_read_before_written,
     float32_precision,
-    run_batched,
     store_for,
     unit_data,
 )
@@ -110,7 +108,7 @@ def units_with_data(
         harden(unit.module)
         over = activations.place(unit, data.target)
         output = run_batched(unit.module, data.quantized, settings.batch_size, device, store, over)
-        activations.write(unit, output, data.target, _names_read_before_written(units[index + 1 :]))
+        activations.write(unit, output, data.target, live_names(units[index + 1 :]))
 
 
 def measure(

@@ -12,7 +12,7 @@ from torch import Tensor
 from calibquant.errors import UserError
 from calibquant.model.quant_resnet import QuantResNet
 from calibquant.quantization.state import quantizer_inputs
-from calibquant.solver.caches import CACHE_TYPES, FileStore, Store
+from calibquant.solver.caches import CACHE_TYPES, FileStore, Store, live_names
 from calibquant.solver.learn import ReconSettings
 
 logger = logging.getLogger("calibquant")
@@ -68,7 +68,7 @@ def estimate(model: QuantResNet, image: Tensor, count: int, settings: ReconSetti
         over = unit.writes in unit.reads and out.shape == here[unit.writes].shape and index > 0
         caches = max(caches, sum(stored.values()) + target + (0 if over else target))
         here[unit.writes], stored[unit.writes] = out, 2 * target
-        still_read = {name for later in units[index + 1 :] for name in later.reads}
+        still_read = live_names(units[index + 1 :])
         stored = {name: bytes_ for name, bytes_ in stored.items() if name in still_read}
     return Need(caches * count, step)
 

@@ -97,6 +97,14 @@ class Activations:
             del self.quantized[name], self.full[name]
 
 
+def live_names(units: list[Unit]) -> set[str]:
+    """Names whose present value some later unit reads."""
+    live: set[str] = set()
+    for unit in reversed(units):
+        live = (live - {unit.writes}) | set(unit.reads)
+    return live
+
+
 @torch.no_grad()
 def run_batched(
     function: Callable[..., Tensor],

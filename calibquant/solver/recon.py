@@ -20,7 +20,7 @@ from calibquant.model.quant_layer import harden, layers
 from calibquant.model.quant_resnet import QuantResNet, Unit
 from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
 from calibquant.quantization.state import full_precision
-from calibquant.solver.caches import CACHE_TYPES, Activations, Store, UnitData, run_batched
+from calibquant.solver.caches import CACHE_TYPES, Activations, Store, UnitData, live_names, run_batched
 from calibquant.solver.learn import (
     Engine,
     Progress,
@@ -124,7 +124,7 @@ def reconstruct(
                 memory.remember(unit, result)
             over = activations.place(unit, data.target)
             output = run_batched(unit.module, data.quantized, settings.batch_size, device, store, over)
-            activations.write(unit, output, data.target, _names_read_before_written(units[index + 1 :]))
+            activations.write(unit, output, data.target, live_names(units[index + 1 :]))
             del data, output, over
             yield result
 
@@ -195,14 +195,6 @@ def output_error(module: nn.Module, data: UnitData, means: Means) -> float:
 def learned_is_finite(module: nn.Module) -> bool:
     """Whether everything learned in a module is a number: step sizes, zero-points, rounding logits."""
     return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
-
-
-def _names_read_before_written(units: list[Unit]) -> set[str]:
-    """Names whose present value some later unit reads."""
-    live: set[str] = set()
-    for unit in reversed(units):
-        live = (live - {unit.writes}) | set(unit.reads)
-    return live
 
 
 @torch.no_grad()
