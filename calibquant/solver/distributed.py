@@ -274,10 +274,10 @@ class TeamState(RunState):
 def team_state(config_path: str, fresh: bool, team: Team) -> Iterator[TeamState]:
     """The state of a config file's unfinished run, held by the first process."""
     if not team.leads:
-        yield TeamState(Path(), team)
+        yield TeamState(team.from_first(Path), team)
         return
     with run_state(config_path, fresh) as state:
-        yield TeamState(state.folder, team)
+        yield TeamState(team.from_first(lambda: state.folder), team)
 
 
 class SilentRun(RunLog):
