@@ -6,10 +6,12 @@ import torch
 from calibquant.model.quant_layer import layers
 from calibquant.solver import fast, learn
 from calibquant.solver.caches import staged_batches
+from calibquant.solver.checkpoint import load_checkpoint, save_checkpoint
 from calibquant.solver.fast import FastEngine, choose_engine
 from calibquant.solver.learn import Engine
 from calibquant.solver.pipeline import recon_settings
 from calibquant.solver.recon import reconstruct
+from calibquant.solver.resume import RunState
 from tests.small import calibrated_model, small_config
 
 IMAGES = torch.randn(13, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -53,7 +55,9 @@ def assert_same_road(plain, fast_results, tolerance=1e-3):
         ("resnet50", 8, [1], "LSQPlusFakeQuantize"),  # a bottleneck, learned zero-points
     ],
 )
-def test_compiled_steps_follow_the_plain_ones_on_every_type_of_unit(arch, width, places, quantizer):
+def test_compiled_steps_follow_the_plain_ones_on_every_type_of_unit(
+    tmp_path, arch, width, places, quantizer
+):
     changes = {
         "model__type": arch,
         "model__kwargs__base_width": width,
@@ -65,6 +69,29 @@ def test_compiled_steps_follow_the_plain_ones_on_every_type_of_unit(arch, width,
     pairs = zip(layers(model)[:4], layers(compiled_model)[:4], strict=True)
     same = [a.weight_quantizer.codes == b.weight_quantizer.codes for (_, a), (_, b) in pairs]
     assert float(torch.cat([s.flatten() for s in same]).float().mean()) > 0.995
+    config = small_config(quant__w_qconfig__bit=2, **changes)
+    path = save_checkpoint(compiled_model, config, {}, tmp_path)
+    loaded, _, _ = load_checkpoint(path)
+    with torch.no_grad():
+        assert torch.equal(loaded(IMAGES), compiled_model(IMAGES))
+
+
+def test_a_unit_learned_in_compiled_steps_is_recalled_after_a_kill(tmp_path):
+    results = []
+    for _ in range(2):
+        config = small_config(quant__recon__iters=10)
+        model = calibrated_model(config, IMAGES)
+        units = reconstruct(
+            model,
+            IMAGES,
+            recon_settings(config),
+            seed=7,
+            memory=RunState(tmp_path),
+            engine=FastEngine(always=True),
+        )
+        results.append([next(units), model.stem.state_dict()])
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, results[1][1][name]) for name, a in results[0][1].items())
 
 
 def test_staged_caches_take_the_same_road_as_resident_ones(monkeypatch):

@@ -92,9 +92,9 @@ def _pack_layer(layer: QuantLayer) -> dict[str, Any]:
         "weight": pack_bits(integers.codes, integers.bits),
         "shape": list(integers.codes.shape),
         "bits": integers.bits,
-        "scale": integers.scale.cpu(),
-        "zero_point": integers.zero_point.to(torch.int16).cpu(),
-        "bias": layer.bias.cpu(),
+        "scale": bare(integers.scale),
+        "zero_point": bare(integers.zero_point.to(torch.int16)),
+        "bias": bare(layer.bias),
     }
 
 
@@ -102,9 +102,14 @@ def _pack_activation(quantizer: FakeQuantize) -> dict[str, Any]:
     scale, zero_point = quantizer.hard_qparams()
     return {
         "bits": quantizer.bits,
-        "scale": scale.cpu(),
-        "zero_point": zero_point.to(torch.int16).cpu(),
+        "scale": bare(scale),
+        "zero_point": bare(zero_point.to(torch.int16)),
     }
+
+
+def bare(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU without what torch.compile notes on it, which no safe reader would take."""
+    return tensor.detach().cpu()
 
 
 def checksum(content: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from calibquant.errors import UserError
 from calibquant.model.load import safe_load
 from calibquant.model.quant_layer import harden
 from calibquant.model.quant_resnet import Unit
-from calibquant.solver.checkpoint import checksum
+from calibquant.solver.checkpoint import bare, checksum
 from calibquant.solver.config import KEYS, lookup
 from calibquant.solver.files import write_atomically, write_json
 from calibquant.solver.learn import TracePoint
@@ -131,7 +131,7 @@ class RunState(Memory):
         Raises:
             UserError: it cannot be written.
         """
-        state = {key: value.cpu() for key, value in unit.module.state_dict().items()}
+        state = {key: bare(value) for key, value in unit.module.state_dict().items()}
         content: dict[str, Any] = {"state": state, "result": asdict(result)}
         content["checksum"] = checksum(content)
         write_atomically(self._path(unit), lambda file: torch.save(content, file))
