@@ -21,7 +21,6 @@ from calibquant.solver.config import check_config, lookup, read_config
 from calibquant.solver.export_onnx import describe, require_onnx_name, write_onnx
 from calibquant.solver.fast import choose_engine
 from calibquant.solver.files import write_atomically
-from calibquant.solver.learn import Engine
 from calibquant.solver.pipeline import calibrate, quantize_model, recon_settings
 from calibquant.solver.recon import reconstruct
 from calibquant.solver.run_log import versions
@@ -79,8 +78,8 @@ def quantize(
         checked = _checked_config(config, model, images)
         network = quantize_model(float_copy(model, images[:PROBE_IMAGES]), checked)
         calibrate(network, images, checked.data.batch_size)
-        settings, device = recon_settings(checked), next(network.buffers()).device
-        engine = choose_engine(settings.compile, device) if settings.iters else Engine()
+        settings = recon_settings(checked)
+        engine = choose_engine(settings.compile)
         for result in reconstruct(network, images, settings, checked.process.seed, engine=engine):
             logger.info("unit %s: error %.5g -> %.5g", result.name, result.error_before, result.error_after)
             if result.reverted:

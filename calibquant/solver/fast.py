@@ -32,9 +32,17 @@ class FastEngine(Engine):
 
     def __init__(self, always: bool = False) -> None:
         self.always = always
+        self.compiles: bool | None = None  # found out when it is first needed: it takes seconds
 
     def objective(self, objective: Objective, work: float, device: torch.device) -> Objective:
         if not self.always and work < WORTH_COMPILING[device.type]:
+            return objective
+        if self.compiles is None:
+            problem = why_not_compile(device)
+            self.compiles = problem is None
+            if problem:
+                logger.warning("steps run uncompiled, several times slower: %s", problem)
+        if not self.compiles:
             return objective
         torch.compiler.reset()  # a unit's compiled code holds on to its caches
         compiled: Objective = torch.compile(objective, dynamic=False, fullgraph=True)
@@ -75,19 +83,13 @@ class CapturedStep:
         current.wait_stream(self.stream)
 
 
-def choose_engine(wanted: str, device: torch.device) -> Engine:
-    """The fast engine where it works on this machine, else the plain one, with one line that says so.
+def choose_engine(wanted: str) -> Engine:
+    """The engine that `quant.recon.compile` names.
 
     Args:
-        wanted: `quant.recon.compile`: ``auto`` compiles what is worth it, ``always`` all, ``never`` none.
+        wanted: ``auto`` compiles what is worth it, ``always`` all, ``never`` nothing.
     """
-    if wanted == "never":
-        return Engine()
-    problem = why_not_compile(device)
-    if problem:
-        logger.warning("steps run uncompiled, several times slower: %s", problem)
-        return Engine()
-    return FastEngine(always=wanted == "always")
+    return Engine() if wanted == "never" else FastEngine(always=wanted == "always")
 
 
 def why_not_compile(device: torch.device) -> str | None:
@@ -96,6 +98,8 @@ def why_not_compile(device: torch.device) -> str | None:
     def tiny(x: Tensor) -> Tensor:
         return x * 2 + 1
 
+    # on a machine without CUDA it says so on the terminal
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -140,7 +140,7 @@ def reconstruct_and_report(
     settings = recon_settings(config, len(calibration.files), peers.size)
     images, seed, device = calibration.images, config.process.seed, next(model.buffers()).device
     progress = progress_bar if peers.leads else plain_steps
-    engine = choose_engine(settings.compile, device)
+    engine = choose_engine(settings.compile)
     store = choose_store(model, images, settings, run.folder, peers.size)
     if settings.precision == "bf16" and not bfloat16_pays(device):
         logger.warning("quant.recon.precision is bf16, which is slower than float32 here: using float32")
