@@ -13,6 +13,7 @@ from itertools import takewhile
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from calibquant.model.pooling import max_pool
 from calibquant.model.quant_layer import QuantConv2d, QuantLayer, QuantLinear
 from calibquant.model.resnet import ResidualBlock, ResNet
 from calibquant.quantization.fake_quant import FakeQuantize, QuantizerConfig, Role
@@ -81,7 +82,7 @@ class QuantStem(nn.Module):
         self.output_quantizer = spec.activation_quantizer()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.output_quantizer(self.maxpool(self.conv1(x)))
+        out: Tensor = self.output_quantizer(max_pool(self.maxpool, self.conv1(x)))
         return out
 
 
