@@ -124,6 +124,8 @@ def test_parts_hold_every_image_once_and_batches_are_shared_out():
         rank, size = 2, 3
 
     assert [*range(10)][Third().share(10, "val")] == [2, 5, 8]
+    with pytest.raises(UserError, match="3 processes, but val has 2 images"):
+        Third().share(2, "val")
     assert recon_settings(small_config(), 12, 2).batch_size == 4
     assert recon_settings(small_config(quant__recon__batch_size=32), 13, 2).batch_size == 6
     assert recon_settings(small_config(), 12).batch_size == 8
