@@ -283,9 +283,6 @@ def team_state(config_path: str, fresh: bool, team: Team) -> Iterator[TeamState]
 class SilentRun(RunLog):
     """What a run leaves behind where another process writes it: nothing."""
 
-    def __init__(self, config: EasyDict) -> None:
-        super().__init__(Path(), config)
-
     def record(self, **values: Any) -> None:
         pass
 
@@ -294,7 +291,8 @@ class SilentRun(RunLog):
 def team_run(config: EasyDict, team: Team) -> Iterator[RunLog]:
     """The first process's run log; a silent one elsewhere."""
     if not team.leads:
-        yield SilentRun(config)
+        yield SilentRun(team.from_first(Path), config)
         return
     with start_run("train_log", config) as run:
+        team.from_first(lambda: run.folder)
         yield run
