@@ -46,8 +46,11 @@ def checkpoints(folder: Path, name: str) -> list[Path]:
 def test_runs_killed_at_random_moments_end_with_the_file_of_an_uninterrupted_one(place):
     changes = {"data__type": "killed", "quant__recon__iters": 25, "quant__recon__drop_prob": 0.5}
     config = write_config(place, **changes)
-    whole = script("main_imagenet", "--config", str(config), cwd=place)
-    assert whole.returncode == 0, whole.stderr
+    whole, _ = run_until("calibration: ", config, place)
+    began = time.monotonic()
+    _, err = whole.communicate()
+    length = time.monotonic() - began
+    assert whole.returncode == 0, err
     (expected,) = (path.read_bytes() for path in checkpoints(place, "killed"))
     (place / "model_quantized/resnet18_killed_w2_a4").joinpath(
         checkpoints(place, "killed")[0].name
@@ -60,7 +63,7 @@ def test_runs_killed_at_random_moments_end_with_the_file_of_an_uninterrupted_one
         resumed += any(
             line.startswith("continuing an unfinished run: ") and " 0 units" not in line for line in lines
         )
-        time.sleep(draw.uniform(0, 1.2))
+        time.sleep(draw.uniform(0, length))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
