@@ -14,19 +14,19 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from torch.nn import functional as F
 
 from calibquant.solver.checkpoint import find_checkpoint, load_checkpoint, require_agreement
 from calibquant.solver.config import load_config
 from calibquant.solver.imagenet_util import batches, report_unreadable, validation_loader
 from calibquant.solver.pipeline import float_model
+from calibquant.solver.probe import Reference
 from calibquant.solver.run_log import versions
-from calibquant.solver.script import choose_device, config_parser, run_script
+from calibquant.solver.script import add_saved_model, choose_device, config_parser, run_script
 
 
 def main() -> None:
     parser = config_parser(__doc__)
-    parser.add_argument("--quantized_model_path", required=True)
+    add_saved_model(parser)
     args = parser.parse_args()
     config = load_config(args.config)
     device = choose_device(args.device)
@@ -39,26 +39,22 @@ def main() -> None:
 
 @torch.no_grad()
 def compare(reference, quantized, config, device) -> dict[str, float]:
-    """Sums over the val images, in float64."""
-    images = float_hits = quantized_hits = agreements = 0
-    divergence = 0.0
+    """Both networks over the val images, against each other and against the classes."""
+    expected, found, targets = [], [], []
     for batch in batches(validation_loader(config), "compare"):
         report_unreadable(batch, config.data.skip_unreadable)
-        x, targets = batch.images.to(device), batch.targets.to(device)
-        ours, theirs = quantized(x), reference(x)
-        predicted, expected = ours.argmax(1), theirs.argmax(1)
-        images += len(x)
-        float_hits += int((expected == targets).sum())
-        quantized_hits += int((predicted == targets).sum())
-        agreements += int((predicted == expected).sum())
-        log_ours, log_theirs = F.log_softmax(ours.double(), 1), F.log_softmax(theirs.double(), 1)
-        divergence += float(F.kl_div(log_ours, log_theirs, reduction="sum", log_target=True))
+        x = batch.images.to(device)
+        expected.append(reference(x))
+        found.append(quantized(x))
+        targets.append(batch.targets.to(device))
+    known = Reference(expected, targets)
+    cost = known.compare(found)
     return {
-        "images": images,
-        "float_top1": 100 * float_hits / images,
-        "quantized_top1": 100 * quantized_hits / images,
-        "agreement": 100 * agreements / images,
-        "kl": divergence / images,
+        "images": sum(len(each) for each in targets),
+        "float_top1": known.compare(expected).top1,
+        "quantized_top1": cost.top1,
+        "agreement": cost.agreement,
+        "kl": cost.kl,
     }
 
 

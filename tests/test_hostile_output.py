@@ -36,24 +36,23 @@ def mounted(folder: Path, options: str) -> bool:
     return done.returncode == 0
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
-    folder = tmp_path / "disk"
-    if not mounted(folder, "size=1m"):
+def file_system(folder: Path, options: str) -> Iterator[Path]:
+    if not mounted(folder, options):
         pytest.skip("needs root and mount")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    yield from file_system(tmp_path / "disk", "size=1m")
 
 
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
     """A folder that takes no file, not even root's."""
-    folder = tmp_path / "read_only"
-    if not mounted(folder, "ro,size=1m"):
-        pytest.skip("needs root and mount")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    yield from file_system(tmp_path / "read_only", "ro,size=1m")
 
 
 def refused(write: Any, match: str) -> None:

@@ -3,8 +3,9 @@
 Each scope restores what it found on the way out, also when left by an exception.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,22 @@ def quantizing_only(module: nn.Module, chosen: Iterable[FakeQuantize]) -> Iterat
 
 
 @contextmanager
+def watching(viewers: Mapping[FakeQuantize, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Inside, each of the quantizers shows its input to its viewer."""
+
+    def show(quantizer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        assert isinstance(quantizer, FakeQuantize)
+        viewers[quantizer](inputs[0])
+
+    hooks = [quantizer.register_forward_hook(show) for quantizer in viewers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def calibrating(module: nn.Module) -> Iterator[None]:
     """Inside, activations flow in full precision and are observed; at the end ranges are set.
 
@@ -54,27 +71,23 @@ def calibrating(module: nn.Module) -> Iterator[None]:
             the body itself raises, no range is changed.
     """
     watched = [(name, q, q.make_observer()) for name, q in quantizers(module, Role.ACTIVATION)]
-    hooks = [q.register_forward_hook(_observe_into(name, seen)) for name, q, seen in watched]
-    try:
-        with full_precision(module), torch.no_grad():
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    viewers = {q: _observe_into(name, seen) for name, q, seen in watched}
+    with watching(viewers), full_precision(module), torch.no_grad():
+        yield
     for quantizer, found in [(q, _range_seen(name, seen)) for name, q, seen in watched]:
         quantizer.set_range(*found)
 
 
-def _observe_into(name: str, seen: Observer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """A forward hook that shows a quantizer's input to its observer."""
+def _observe_into(name: str, seen: Observer) -> Callable[[Tensor], None]:
+    """Shows a quantizer's input to its observer."""
 
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+    def view(x: Tensor) -> None:
         try:
-            seen.observe(inputs[0])
+            seen.observe(x)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    return hook
+    return view
 
 
 def _range_seen(name: str, seen: Observer) -> tuple[Tensor, Tensor]:
@@ -101,11 +114,7 @@ def dropping(module: nn.Module, drops: Sequence[Drop | None]) -> Iterator[None]:
 def quantizer_inputs(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
     """What each activation quantizer of a module is given in one forward pass, in their order."""
     sites = [quantizer for _, quantizer in quantizers(module, Role.ACTIVATION)]
-    seen: dict[nn.Module, Tensor] = {}
-    hooks = [q.register_forward_hook(lambda q, args, _output: seen.update({q: args[0]})) for q in sites]
-    try:
+    seen: dict[FakeQuantize, Tensor] = {}
+    with watching({q: partial(seen.__setitem__, q) for q in sites}):
         module(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [seen[quantizer] for quantizer in sites]

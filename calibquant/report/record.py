@@ -6,7 +6,6 @@ becomes `BINS` counts, and of the calibration set at most `THUMBNAILS` small pic
 
 import base64
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from calibquant.errors import printable
 from calibquant.model.quant_resnet import QuantResNet
 from calibquant.quantization.affine import PER_TENSOR
 from calibquant.quantization.fake_quant import FakeQuantize, Role
 from calibquant.quantization.observer import Histogram, as_rows
-from calibquant.quantization.state import full_precision, quantizers
+from calibquant.quantization.state import full_precision, quantizers, watching
 
 HISTOGRAM_IMAGES = 32
 """Calibration images whose activations are counted."""
@@ -99,24 +98,11 @@ def count_activations(model: QuantResNet, images: Tensor, batch_size: int) -> li
     """
     device = next(model.buffers()).device
     found = [(quantizer, ActivationCounts(device)) for _, quantizer in activation_quantizers(model)]
-    hooks = [quantizer.register_forward_hook(_count_into(counts)) for quantizer, counts in found]
-    try:
-        with full_precision(model), torch.no_grad():
-            for batch in images[spread(len(images), HISTOGRAM_IMAGES)].split(batch_size):
-                model(batch.to(device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    viewers = {quantizer: counts.add for quantizer, counts in found}
+    with watching(viewers), full_precision(model), torch.no_grad():
+        for batch in images[spread(len(images), HISTOGRAM_IMAGES)].split(batch_size):
+            model(batch.to(device))
     return [counts for _, counts in found]
-
-
-def _count_into(counts: ActivationCounts) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """A forward hook that shows a quantizer's input to its histogram."""
-
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-        counts.add(inputs[0])
-
-    return hook
 
 
 def clipping_range(quantizer: FakeQuantize, counts: ActivationCounts) -> Range:

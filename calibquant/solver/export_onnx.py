@@ -20,9 +20,9 @@ from calibquant.errors import UserError
 from calibquant.model.quant_resnet import QuantResNet
 from calibquant.solver.checkpoint import find_checkpoint, load_checkpoint, require_agreement
 from calibquant.solver.config import load_config, plain
-from calibquant.solver.files import write_atomically
+from calibquant.solver.files import write_bytes
 from calibquant.solver.imagenet_util import class_names
-from calibquant.solver.script import config_parser, run_script
+from calibquant.solver.script import add_saved_model, config_parser, run_script
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def write_onnx(model: QuantResNet, path: Path, description: dict[str, str], opse
 
     size = json.loads(description["input.size"])
     content: bytes = onnx_model(model, size, description, opset).SerializeToString(deterministic=True)
-    write_atomically(path, lambda file: (file.write(content), None)[1])
+    write_bytes(path, content)
     return len(content)
 
 
@@ -107,11 +107,7 @@ def describe(config: EasyDict, metadata: dict[str, Any], classes: list[str] | No
 
 def parse_arguments() -> argparse.Namespace:
     parser = config_parser(__doc__, "the YAML that the network was quantized with", device=False)
-    parser.add_argument(
-        "--quantized_model_path",
-        required=True,
-        help="a path, or a bare name in the config's folder under model_quantized/",
-    )
+    add_saved_model(parser)
     parser.add_argument(
         "--out", required=True, type=Path, help="the ONNX file; one that exists is replaced"
     )

@@ -117,7 +117,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file atomically."""
+    write_atomically(path, lambda file: (file.write(content), None)[1])
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically, readable by a person."""
-    data = (json.dumps(content, indent=2, allow_nan=True) + "\n").encode()
-    write_atomically(path, lambda file: (file.write(data), None)[1])
+    write_bytes(path, (json.dumps(content, indent=2, allow_nan=True) + "\n").encode())

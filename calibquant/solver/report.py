@@ -32,7 +32,7 @@ from calibquant.report.record import (
     thumbnails,
 )
 from calibquant.report.run_data import read_run
-from calibquant.solver.files import write_atomically, write_json
+from calibquant.solver.files import write_bytes, write_json
 from calibquant.solver.imagenet_util import Calibration
 from calibquant.solver.script import one_line, run_script
 
@@ -74,7 +74,7 @@ def make_comparison(folders: list[Path], output: str | None = None) -> Path:
 
 def _write(page: str, path: Path) -> Path:
     content = page.encode("utf-8", errors="backslashreplace")
-    write_atomically(path, lambda file: (file.write(content), None)[1])
+    write_bytes(path, content)
     return path
 
 

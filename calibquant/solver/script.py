@@ -55,6 +55,15 @@ def config_parser(
     return parser
 
 
+def add_saved_model(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names a saved network: ``--quantized_model_path``."""
+    parser.add_argument(
+        "--quantized_model_path",
+        required=True,
+        help="a path, or a bare name in the config's folder under model_quantized/",
+    )
+
+
 _SMALLER = "lower data.batch_size, quant.recon.batch_size or quant.calibrate, or unset quant.recon.keep_gpu"
 
 

@@ -34,7 +34,7 @@ from calibquant.solver.bit_budget import (
     fewest_bits_per_weight,
 )
 from calibquant.solver.config import check_config, load_config, plain
-from calibquant.solver.files import write_atomically
+from calibquant.solver.files import write_bytes
 from calibquant.solver.imagenet_util import (
     batches,
     evaluation_transform,
@@ -214,7 +214,7 @@ def write_config(path: Path, config: EasyDict, overrides: list[dict[str, Any]], 
         f"# Chosen by sensitivity.py: {words} with ranges alone.\n"
     )
     text = head + yaml.safe_dump(mixed, sort_keys=False, indent=4, width=100)
-    write_atomically(path, lambda file: (file.write(text.encode()), None)[1])
+    write_bytes(path, text.encode())
 
 
 def check_arguments(args: argparse.Namespace, config: EasyDict) -> Plan:

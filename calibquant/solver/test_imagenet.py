@@ -16,7 +16,7 @@ from calibquant.solver.checkpoint import find_checkpoint, load_checkpoint, requi
 from calibquant.solver.config import load_config
 from calibquant.solver.imagenet_util import evaluate, validation_loader
 from calibquant.solver.run_log import start_run
-from calibquant.solver.script import choose_device, config_parser, run_script
+from calibquant.solver.script import add_saved_model, choose_device, config_parser, run_script
 
 logger = logging.getLogger("calibquant")
 
@@ -40,11 +40,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = config_parser(__doc__, "the YAML that the network was quantized with")
-    parser.add_argument(
-        "--quantized_model_path",
-        required=True,
-        help="a path, or a bare name in the config's folder under model_quantized/",
-    )
+    add_saved_model(parser)
     return parser.parse_args()
 
 
