@@ -187,6 +187,11 @@ def crop_flip_transform(data: EasyDict) -> Callable[[Image.Image], Tensor]:
     return _compose([*steps, *_to_normalized(data)])
 
 
+def calibration_transform(data: EasyDict) -> Callable[[Image.Image], Tensor]:
+    """How calibration images are read: as for evaluation, or as `data.augment` says."""
+    return crop_flip_transform(data) if data.augment == "crop_flip" else evaluation_transform(data)
+
+
 class ResizeShorter(transforms.Resize):  # type: ignore[misc]
     """Torchvision's resizing of the shorter side, but for images so long that it would fill the memory.
 
@@ -326,9 +331,8 @@ def load_calibration(config: EasyDict) -> Calibration:
             len(samples),
             wanted,
         )
-    transform = crop_flip_transform(data) if data.augment == "crop_flip" else evaluation_transform(data)
     images, unreadable = [], []
-    for batch in make_loader(samples, transform, config):
+    for batch in make_loader(samples, calibration_transform(data), config):
         unreadable += report_unreadable(batch, data.skip_unreadable)
         images += [batch.images] if len(batch.images) else []
     if not images:
@@ -336,10 +340,11 @@ def load_calibration(config: EasyDict) -> Calibration:
     skipped = {item.path for item in unreadable}
     paths = [path for path, _ in samples if path not in skipped]
     names = [str(path.relative_to(folder)) for path in paths]
-    return Calibration(torch.cat(images), names, _content_hash(paths, names), len(skipped))
+    return Calibration(torch.cat(images), names, content_hash(paths, names), len(skipped))
 
 
-def _content_hash(paths: list[Path], names: list[str]) -> str:
+def content_hash(paths: list[Path], names: list[str]) -> str:
+    """SHA-256 over contents and names of image files, in the order given."""
     digest = hashlib.sha256()
     for path, name in zip(paths, names, strict=True):
         contents = hashlib.sha256(path.read_bytes()).hexdigest()
