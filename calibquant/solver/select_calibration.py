@@ -1,42 +1,83 @@
 """Pick calibration images from a train folder: list candidates, choose by a strategy, write the set.
 
 python ./calibquant/solver/select_calibration.py --train ./imagenet/train
+python ./calibquant/solver/select_calibration.py --train ./imagenet/train --strategy bn_statistics \\
+    --config ./exp/w4a4/rs101/config.yaml
+
+Or rank sets for a network, without labels and without reconstructing:
+
+python ./calibquant/solver/select_calibration.py --score SET SET ... --config ./exp/w4a4/rs101/config.yaml
 """
 
 import argparse
-import hashlib
 import logging
 import os
 import random
 import secrets
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the package is two folders up
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tqdm import tqdm
+from easydict import EasyDict
 
 from calibquant.errors import UserError
+from calibquant.paths import expand
+from calibquant.solver.config import load_config
 from calibquant.solver.files import write_json
-from calibquant.solver.imagenet_util import imagenet_wnids, is_image, read_image, subfolders
-from calibquant.solver.script import one_line, run_script
+from calibquant.solver.rank_sets import SCORES, as_json, find_set, rank_sets, table
+from calibquant.solver.script import choose_device, run_script
+from calibquant.solver.selection import POOL_STRATEGIES, STRATEGIES, Candidates, class_of
+from calibquant.solver.train_folder import PoolReader, keep_readable, list_candidates
 
 logger = logging.getLogger("calibquant")
-
-Candidates = dict[str, list[str]]
-"""Class folder -> its images, sorted, as ``class/[subfolder/]file`` relative to the train folder."""
-
-Strategy = Callable[[Candidates, int, random.Random], list[str]]
-"""Chooses ``num`` of the candidates, at least one of each class."""
 
 
 def main() -> None:
     args = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    select_calibration(args.train, args.out, args.num, args.seed, args.strategy, args.classes, args.copy)
+    config = load_config(args.config) if args.config else None
+    if args.score is not None:
+        score(args, config)
+        return
+    if args.train is None:
+        raise UserError("--train is missing, allowed is a folder that holds <class>/<image>")
+    pool_reader = None
+    if args.strategy in POOL_STRATEGIES and config is not None:
+        pool_reader = PoolReader(config, choose_device(args.device), args.candidates)
+    elif config is not None:
+        logger.info("--config: not needed, --strategy %s runs no network", args.strategy)
+    select_calibration(
+        args.train,
+        args.out,
+        args.num,
+        args.seed,
+        args.strategy,
+        args.classes,
+        args.copy,
+        args.cover_classes,
+        pool_reader,
+    )
+
+
+def score(args: argparse.Namespace, config: EasyDict | None) -> None:
+    """Rank given sets, and print the ranking.
+
+    Raises:
+        UserError: there is no config, or a set is missing or unreadable.
+    """
+    if config is None:
+        raise UserError("--config is missing, --score needs it: sets are ranked for a network")
+    train = args.train or expand(config.data.path) / "train"
+    sets = [find_set(given, train) for given in args.score]
+    reference = find_set(args.reference, train, "--reference") if args.reference else None
+    scores = rank_sets(sets, config, choose_device(args.device), args.by, reference)
+    for line in table(scores):
+        logger.info("%s", line)
+    if args.json:
+        write_json(args.json, as_json(scores, args.by, config))
 
 
 def select_calibration(
@@ -47,41 +88,56 @@ def select_calibration(
     strategy: str = "random",
     classes: str = "imagenet",
     copy: bool = False,
+    cover: bool = True,
+    pool_reader: PoolReader | None = None,
 ) -> Path:
     """Build a calibration set from a train folder and return its folder.
 
     Args:
         train: ImageFolder tree.
-        out: the set's folder; None is ``sel_<num>_<classes>classes`` beside the train folder, to which
-            ``sel`` is then linked where that name is free.
+        out: the set's folder; None is ``sel_<num>_<classes>classes`` beside the train folder (``sel_<num>``
+            where classes need not be covered), to which ``sel`` is then linked where that name is free.
         num: images in the set.
         seed: the same seed and files give the same set.
-        strategy: a name of :data:`STRATEGIES`.
+        strategy: a name of :data:`STRATEGIES` or :data:`POOL_STRATEGIES`.
         classes: ``imagenet`` allows only wnids as class folders, ``folders`` any name.
         copy: copy the images instead of linking to them.
+        cover: every class at least once.
+        pool_reader: runs the candidates of one of :data:`POOL_STRATEGIES` through the network.
 
     Raises:
-        UserError: the train folder is not as it must be, holds too few images, or the set exists.
+        UserError: the train folder is not as it must be, holds too few images, the set exists, or there is
+            no config for a strategy that needs one.
     """
+    if strategy in POOL_STRATEGIES and pool_reader is None:
+        raise UserError(f"--config is missing, --strategy {strategy} needs it: it runs the float network")
     train = _physical(train)
     candidates = list_candidates(train, classes)
-    _check_size(train, candidates, num, seed)
-    folder = _physical(out or train.parent / f"sel_{num}_{len(candidates)}classes")
+    _check_size(train, candidates, num, seed, cover)
+    covering = f"_{len(candidates)}classes" if cover else ""
+    folder = _physical(out or train.parent / f"sel_{num}{covering}")
     _check_place(folder, train)
 
     draw = random.Random(seed)
-    chosen = STRATEGIES[strategy](candidates, num, draw)
-    hashes = keep_readable(train, candidates, chosen, draw)
+    measured: dict[str, object] = {}
+    if pool_reader is not None and strategy in POOL_STRATEGIES:
+        pool = pool_reader.read(train, candidates, num, draw, cover)
+        chosen = POOL_STRATEGIES[strategy](pool, num, draw, cover)
+        measured = {"candidates": len(pool.files), "statistics_distance": pool.distance(chosen)}
+    else:
+        chosen = STRATEGIES[strategy](candidates, num, draw, cover)
+    hashes = keep_readable(train, candidates, chosen, draw, cover)
     manifest = {
         "num": num,
         "seed": seed,
         "strategy": strategy,
-        "classes": len(candidates),
+        "classes": len({class_of(file) for file in hashes}),
+        **measured,
         "train": train.name,
         "files": [{"file": file, "sha256": hashes[file]} for file in sorted(hashes)],
     }
     write_set(folder, train, manifest, copy)
-    logger.info("%s: %d images of %d classes", folder, num, len(candidates))
+    logger.info("%s: %d images of %d classes", folder, num, manifest["classes"])
     if out is None:
         link_default(folder)
     return folder
@@ -92,12 +148,15 @@ def _physical(path: Path) -> Path:
     return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
 
 
-def _check_size(train: Path, candidates: Candidates, num: int, seed: int) -> None:
+def _check_size(train: Path, candidates: Candidates, num: int, seed: int, cover: bool) -> None:
     total = sum(map(len, candidates.values()))
-    if num < len(candidates):
+    if cover and num < len(candidates):
         raise UserError(
-            f"--num is {num}, allowed is at least one image for each of {len(candidates)} classes"
+            f"--num is {num}, allowed is at least one image for each of {len(candidates)} classes "
+            "(--no-cover_classes leaves some out)"
         )
+    if num < 1:
+        raise UserError(f"--num is {num}, allowed is an integer of at least 1")
     if num > total:
         raise UserError(f"--num is {num}, allowed is at most {total}, the images of {train}")
     if seed < 0:
@@ -109,136 +168,6 @@ def _check_place(folder: Path, train: Path) -> None:
         raise UserError(f"{folder}: exists already; remove it, or give another folder with --out")
     if folder.is_relative_to(train):
         raise UserError(f"--out {folder}: allowed is a folder outside of the train folder")
-
-
-def list_candidates(train: Path, classes: str) -> Candidates:
-    """Images of each class folder, in an order that depends on names alone.
-
-    Raises:
-        UserError: the folder is missing, a class folder is no wnid where ``classes`` is ``imagenet``, or
-            holds no image.
-    """
-    folders = subfolders(train, "train folder")
-    if not folders:
-        raise UserError(f"train folder {train}: holds no class folder, allowed is train/<class>/<image>")
-    wnids = set(imagenet_wnids())
-    candidates: Candidates = {}
-    for folder in folders:
-        if classes == "imagenet" and folder.name not in wnids:
-            raise UserError(
-                f"train folder {train}: class folder {folder.name} is none of ImageNet's 1,000 wnids "
-                "(n01440764, n01443537, ...); --classes folders allows any name"
-            )
-        candidates[folder.name] = sorted(path.relative_to(train).as_posix() for path in _images(folder))
-        if not candidates[folder.name]:
-            raise UserError(f"train folder {train}: class folder {folder.name} holds no image")
-    for path in sorted(train.iterdir()):
-        if is_image(path) and not path.is_dir():
-            logger.warning("%s: ignored, it is in no class folder", path)
-    return candidates
-
-
-def _images(folder: Path) -> list[Path]:
-    """Image files at any depth. Walks by directory entries: no stat for each of 1.3 million files."""
-
-    def fail(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
-
-    images = []
-    for inside, subfolders_inside, names in os.walk(folder, onerror=fail):
-        for path in (Path(inside, name) for name in sorted(subfolders_inside)):
-            if path.is_symlink():
-                logger.warning("%s: ignored, a link to a folder", path)
-        for path in (Path(inside, name) for name in sorted(names)):
-            if is_image(path):
-                images.append(path)
-            else:
-                logger.warning("%s: ignored, its name is not an image's", path)
-    return images
-
-
-def choose_random(candidates: Candidates, num: int, draw: random.Random) -> list[str]:
-    """One image of every class, the rest from all images alike."""
-    chosen = [draw.choice(images) for images in candidates.values()]
-    rest = _without(candidates, set(chosen))
-    return chosen + draw.sample(rest, num - len(chosen))
-
-
-def choose_class_balanced(candidates: Candidates, num: int, draw: random.Random) -> list[str]:
-    """As many images of each class as of any other, where classes are large enough."""
-    shuffled = {name: draw.sample(images, len(images)) for name, images in candidates.items()}
-    chosen: list[str] = []
-    while len(chosen) < num:
-        nonempty = [images for images in shuffled.values() if images]
-        for images in draw.sample(nonempty, min(len(nonempty), num - len(chosen))):
-            chosen.append(images.pop())
-    return chosen
-
-
-STRATEGIES: dict[str, Strategy] = {"random": choose_random, "class_balanced": choose_class_balanced}
-
-
-def _without(candidates: Candidates, taken: set[str]) -> list[str]:
-    return [file for images in candidates.values() for file in images if file not in taken]
-
-
-def _class(file: str) -> str:
-    return file.split("/", 1)[0]
-
-
-def keep_readable(
-    train: Path, candidates: Candidates, chosen: list[str], draw: random.Random
-) -> dict[str, str]:
-    """Decode every chosen image; one that cannot be read gives way to another of its class.
-
-    Where its class has no other, any class steps in.
-
-    Returns:
-        SHA-256 of each image's file.
-
-    Raises:
-        UserError: a class has no readable image, or too few images are readable.
-    """
-    hashes: dict[str, str] = {}
-    taken = set(chosen)
-    for file in tqdm(chosen, desc="decode", leave=False, disable=None, unit="image"):
-        while True:
-            try:
-                hashes[file] = hash_readable(train / file)
-                break
-            except ValueError as error:
-                unreadable = file
-                file = _replacement(unreadable, candidates, taken, draw)
-                taken.add(file)
-                logger.warning("%s: cannot be read (%s), replaced by %s", train / unreadable, error, file)
-    lost = candidates.keys() - {_class(file) for file in hashes}
-    if lost:
-        raise UserError(f"train folder {train}: no image of class folder {min(lost)} can be read")
-    return hashes
-
-
-def _replacement(file: str, candidates: Candidates, taken: set[str], draw: random.Random) -> str:
-    same_class = [other for other in candidates[_class(file)] if other not in taken]
-    spare = same_class or _without(candidates, taken)
-    if not spare:
-        raise UserError(f"image {file}: cannot be read, and no image is left to replace it; lower --num")
-    return draw.choice(spare)
-
-
-def hash_readable(path: Path) -> str:
-    """SHA-256 of an image file that Pillow can decode.
-
-    Raises:
-        ValueError: it cannot be read; the reason on one line.
-    """
-    try:
-        if not path.is_file():
-            raise ValueError("a broken link, or no regular file")
-        read_image(path)
-        content = path.read_bytes()
-    except Exception as error:  # a decoder may raise anything on foreign bytes
-        raise ValueError(one_line(error) or type(error).__name__) from error
-    return hashlib.sha256(content).hexdigest()
 
 
 def write_set(folder: Path, train: Path, manifest: dict[str, object], copy: bool) -> None:
@@ -280,15 +209,24 @@ def link_default(folder: Path) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--train", required=True, type=Path, help="folder that holds <class>/<image>")
+    parser.add_argument("--train", type=Path, help="folder that holds <class>/<image>")
     parser.add_argument("--num", type=int, default=1024, help="images in the set (default: 1024)")
     parser.add_argument("--seed", type=int, default=1, help="another seed, another set (default: 1)")
     parser.add_argument(
         "--strategy",
-        choices=sorted(STRATEGIES),
+        choices=[*STRATEGIES, *POOL_STRATEGIES],
         default="random",
         help="random: one image of every class, the rest at random (default);\n"
-        "class_balanced: classes as even as possible",
+        "class_balanced: classes as even as possible;\n"
+        "bn_statistics: activations with nearly the mean and variance that batch norm kept from\n"
+        "training; needs --config;\n"
+        "clustering: an image for each of --num clusters of alike activations; needs --config",
+    )
+    parser.add_argument(
+        "--cover_classes",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="every class at least once (default), or fewer images than classes if need be",
     )
     parser.add_argument(
         "--classes",
@@ -297,12 +235,63 @@ def parse_arguments() -> argparse.Namespace:
         help="imagenet: class folders are ImageNet wnids (default); folders: any names",
     )
     parser.add_argument(
-        "--out", type=Path, help="the set's folder (default: sel_<num>_<classes>classes beside train)"
+        "--out",
+        type=Path,
+        help="the set's folder (default: beside train, sel_<num>_<classes>classes,\n"
+        "or sel_<num> where classes need not be covered)",
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--copy", action="store_true", help="copy the images")
     how.add_argument("--link", action="store_true", help="link to the images, relatively (default)")
+    add_network_arguments(parser)
+    add_score_arguments(parser)
     return parser.parse_args()
+
+
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of what runs the float network."""
+    group = parser.add_argument_group("for bn_statistics, clustering and --score")
+    group.add_argument(
+        "--config", help="YAML file of the network, see exp/; data.* says how it reads images"
+    )
+    group.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
+    group.add_argument(
+        "--candidates",
+        type=int,
+        default=PoolReader.size,
+        metavar="N",
+        help="images to choose among, a random part of --train (default: 8192: each has to run through\n"
+        "the network, and 8192 take 3.5 GB of memory for ResNet-101; all of ImageNet would take 540 GB)",
+    )
+
+
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``--score``."""
+    group = parser.add_argument_group("to rank sets instead of making one")
+    group.add_argument(
+        "--score",
+        nargs="+",
+        type=Path,
+        metavar="SET",
+        help="calibration folders, or text files of images, one a line, relative to --train\n"
+        "(default: train/ in data.path)",
+    )
+    group.add_argument(
+        "--by",
+        nargs="+",
+        choices=SCORES,
+        default=["statistics"],
+        help="statistics: distance of activations' mean and variance from batch norm's (default);\n"
+        "ranges: KL of the quantized network's outputs from the float one's, with ranges from the set;\n"
+        "of both the first ranks",
+    )
+    group.add_argument(
+        "--reference",
+        type=Path,
+        metavar="SET",
+        help="images on which ranges compares outputs (default: those of all sets)",
+    )
+    group.add_argument("--json", type=Path, metavar="FILE", help="write the ranking as JSON, too")
 
 
 if __name__ == "__main__":
