@@ -5,6 +5,7 @@ each residual addition and its ReLU. The input image, a block's last convolution
 the logits are not (QDrop, Wei et al. 2022).
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -67,6 +68,33 @@ class Unit:
     reads: tuple[str, ...] = ("x",)
     writes: str = "x"
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The network's own modules that the unit is made of: several where units were merged."""
+        return list(self.module) if isinstance(self.module, nn.Sequential) else [self.module]
+
+
+def merge_units(units: list[Unit], merged: Collection[str]) -> list[Unit]:
+    """The units with each one that is named joined to the one before it (MRECG, Ma et al., CVPR 2023).
+
+    Raises:
+        ValueError: there is no such unit, or it does more than take the trunk and give it back.
+    """
+    found: list[Unit] = []
+    for unit in units:
+        if unit.name not in merged:
+            found.append(unit)
+            continue
+        if not found or (*found[-1].reads, found[-1].writes, *unit.reads, unit.writes) != ("x",) * 4:
+            raise ValueError(f"{unit.name} cannot be merged with what stands before it")
+        before = found.pop()
+        module = nn.Sequential(*before.parts, *unit.parts)
+        found.append(Unit(f"{before.name}+{unit.name}", module))
+    unknown = sorted(set(merged) - {unit.name for unit in units})
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no unit; units are {', '.join(unit.name for unit in units)}")
+    return found
+
 
 class QuantStem(nn.Module):
     """First convolution, ReLU, pooling and quantizer.
@@ -118,6 +146,10 @@ class QuantResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.join(self.branch(x), self.shortcut(x))
         return out
+
+    def inner_layers(self) -> list[QuantConv2d]:
+        """The branch's layers but the last, in order."""
+        return [layer for layer in self.branch if isinstance(layer, QuantConv2d)]
 
     def layer_units(self, name: str) -> list[Unit]:
         """The block as units of one layer each; the last one includes the residual addition."""
@@ -206,14 +238,21 @@ class QuantResNet(nn.Module):
             x = unit.module(x)
         return x
 
-    def units(self, granularity: str) -> list[Unit]:
-        """What is reconstructed, in dataflow order: residual blocks, or (``layer``) single layers."""
+    def units(self, granularity: str, merged: Collection[str] = ()) -> list[Unit]:
+        """What is reconstructed, in dataflow order: residual blocks, or (``layer``) single layers.
+
+        Args:
+            merged: names of residual blocks that make one unit with what stands before them.
+
+        Raises:
+            ValueError: a name to merge is no block's, or single layers are to be merged.
+        """
         stem, classifier = Unit("stem", self.stem), Unit("classifier", self.classifier)
         middle: list[Unit] = []
         for name, block in zip(self.block_names, self.blocks, strict=True):
             assert isinstance(block, QuantResidualBlock)
             middle += block.layer_units(name) if granularity == "layer" else [Unit(name, block)]
-        return [stem, *middle, classifier]
+        return merge_units([stem, *middle, classifier], merged)
 
 
 def _common_start(first: str, second: str) -> int:

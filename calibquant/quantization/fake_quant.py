@@ -198,7 +198,7 @@ class AdaRoundFakeQuantize(FakeQuantize):
     def quantize(self, x: Tensor) -> Tensor:
         if self.floor is None:
             return super().quantize(x)
-        scale, zero_point = self.hard_qparams(x.ndim)
+        scale, zero_point = self.qparams(x.ndim)
         bounds = self.quant_min, self.quant_max
         return round_from_floor(self.floor, self.soft_rounding(), scale, zero_point, *bounds)
 

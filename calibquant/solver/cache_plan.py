@@ -57,7 +57,7 @@ def estimate(model: QuantResNet, image: Tensor, count: int, settings: ReconSetti
     here = {"x": image}
     stored = {"x": image.numel() * image.element_size()}  # of both networks: the images are shared
     caches = step = 0
-    units = model.units(settings.granularity)
+    units = model.units(settings.granularity, settings.merge)
     for index, unit in enumerate(units):
         inputs = [here[name] for name in unit.reads]
         sites = quantizer_inputs(unit.module, inputs)

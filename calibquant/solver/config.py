@@ -193,6 +193,12 @@ KEYS: list[Key] = [
         "mixed precision: bit-widths of the units and layers whose name fits `match` (`*`, `?`, `[ab]`); "
         "wins over the keys above, the last that fits counts",
     ),
+    Key(
+        "quant.equalize",
+        True,
+        BOOLEAN,
+        "scale channels between layers so that one step size serves them all; the float function stays",
+    ),
     Key("quant.calibrate", 1024, integer(1, 10**9), "calibration images taken from the calibration folder"),
     Key("quant.recon.batch_size", RECON["batch_size"], integer(1, 10**6), "images per optimisation step"),
     Key(
@@ -267,6 +273,24 @@ KEYS: list[Key] = [
         RECON["compile"],
         choice("auto", "always", "never"),
         "torch.compile for the steps where it pays, always or never; needs a C++ compiler, on a GPU Triton",
+    ),
+    Key(
+        "quant.recon.ranges",
+        RECON["ranges"],
+        choice("float", "quantized"),
+        "activation ranges: as in the float network, or set again on a unit's quantized inputs",
+    ),
+    Key(
+        "quant.recon.weight_scale_lr",
+        RECON["weight_scale_lr"],
+        number(0),
+        "Adam learning rate of weights' step sizes, each in units of itself, cosine to 0; 0 keeps them (Genie-M)",
+    ),
+    Key(
+        "quant.recon.merge",
+        list(RECON["merge"]),
+        sequence(text(r"[\x21-\x7e]{1,100}"), "a list of names of units"),
+        "units that are reconstructed together with the one before them (MRECG)",
     ),
     Key("model.type", REQUIRED, choice(*ARCHITECTURES), "the network"),
     Key("model.kwargs.num_classes", 1000, integer(1, 100_000), "outputs of the classifier"),
@@ -534,11 +558,16 @@ def _check_combinations(config: EasyDict, where: str) -> None:
     start, end = recon.b_range
     if start < end:
         raise UserError(f"{where}: quant.recon.b_range is [{start:g}, {end:g}], allowed is a falling range")
-    if config.quant.overrides:
+    if config.quant.overrides or recon.merge:
         try:
-            quantize_model(float_model_on_meta(config), config)  # the structure alone, without memory
+            key = "quant.overrides"
+            model = quantize_model(
+                float_model_on_meta(config), config
+            )  # the structure alone, without memory
+            key = "quant.recon.merge"
+            model.units(recon.granularity, recon.merge)
         except ValueError as error:
-            raise UserError(f"{where}: quant.overrides: {error}") from error
+            raise UserError(f"{where}: {key}: {error}") from error
 
 
 def lookup(config: EasyDict, path: str) -> Any:

@@ -54,6 +54,12 @@ class ReconSettings:
     precision: str = "tf32"
     cache: str = "fp16"
     compile: str = "auto"
+    weight_scale_lr: float = 0.0
+    bias_lr: float = 0.0
+    round_schedule: str = "constant"
+    regularizer: str = "sum"
+    ranges: str = "float"
+    merge: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,20 +103,39 @@ def learn_unit(
     if not settings.iters or not (logits or qparams):
         return [], 0.0
     device = generator.device
+    found = [layer for _, layer in layers(unit.module)]
+    scales = [q.scale for q in rounding] if settings.weight_scale_lr else []
+    biases = [layer.bias for layer in found] if settings.bias_lr else []
     order = batch_order(len(data.target), settings.batch_size, settings.iters, generator)
     batches = batches_of(data, order, device)
     mixing, inside, draws = places_to_drop(unit, batches, settings.drop_prob, generator)
     work = float(batches.target[0].numel() * batches.batch_size * settings.iters)
     objective = engine.objective(
-        unit_objective(unit.module, batches, mixing, rounding, settings.precision), work, device
+        unit_objective(unit.module, batches, mixing, rounding, settings.precision, settings.regularizer),
+        work,
+        device,
     )
     table = schedule(settings).to(device)
-    groups = [{"params": logits, "lr": settings.round_lr}] if logits else []
-    scale_lr = torch.tensor(settings.scale_lr, device=device)
-    groups += [{"params": qparams, "lr": scale_lr}] if qparams else []
+    cosine_round = settings.round_schedule == "cosine"
+    kinds = [
+        (logits, settings.round_lr, cosine_round),
+        (qparams, settings.scale_lr, True),
+    ]
+    kinds += [([s], settings.weight_scale_lr * float(s.mean()), True) for s in scales]
+    kinds += [([b], settings.bias_lr * float(b.std()), True) for b in biases]
+    groups, falling = [], []
+    for params, lr, falls in kinds:
+        if not params:
+            continue
+        rate = torch.tensor(lr, device=device)
+        groups.append({"params": params, "lr": rate})
+        if falls:
+            falling.append((rate, lr))
     optimizer = torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
     counter = torch.zeros(1, dtype=torch.int64, device=device)
     trace = torch.zeros(settings.iters, 2, device=device)
+
+    learned = logits + qparams + scales + biases
 
     def one_step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -118,14 +143,15 @@ def learn_unit(
         exponent, weight, rate = table.index_select(0, counter).view(-1).unbind()
         error, penalty = objective(batches.rows(counter), exponent, weight)
         (error + penalty).backward()
-        peers.average([p.grad for p in logits + qparams if p.grad is not None])
-        scale_lr.copy_(rate)
+        peers.average([p.grad for p in learned if p.grad is not None])
+        for lr, base in falling:
+            torch.mul(rate, base, out=lr)
         optimizer.step()
         trace.index_copy_(0, counter, torch.stack((error.detach(), penalty.detach()))[None])
         counter.add_(1)
 
     points, done = trace_points(settings.iters), 0
-    with dropping(unit.module, inside), learning(logits + qparams), batches:
+    with dropping(unit.module, inside), learning(learned), batches:
         step = engine.step(one_step, generator)
         for number in progress(unit.name, settings.iters):
             batches.stage(number)
@@ -146,9 +172,11 @@ def unit_objective(
     mixing: list[Drop | None],
     rounding: list[AdaRoundFakeQuantize],
     precision: str,
+    regularizer: str = "sum",
 ) -> Objective:
     """The function that a step differentiates: the unit's error on a batch, and the rounding penalty."""
     narrow = autocast(precision, batches.target.device)
+    mean = regularizer == "mean"
 
     def objective(rows: Tensor, exponent: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         pairs = zip(batches.quantized, batches.full, mixing, strict=True)
@@ -158,7 +186,8 @@ def unit_objective(
         error = reconstruction_loss(output.float(), batches.target[rows].float())
         penalty = error.new_zeros(())
         for quantizer in rounding:
-            penalty = penalty + rounding_regularizer(quantizer.soft_rounding(), exponent)
+            one = rounding_regularizer(quantizer.soft_rounding(), exponent)
+            penalty = penalty + (one / quantizer.logits.numel() if mean else one)
         return error, weight * penalty
 
     return objective
@@ -215,7 +244,7 @@ def schedule(settings: ReconSettings) -> Tensor:
     for step in range(settings.iters):
         exponent = regularizer_exponent(step, settings)
         weight = 0.0 if exponent is None else settings.weight
-        rate = settings.scale_lr * cosine(step, settings.iters)
+        rate = cosine(step, settings.iters)
         lines.append((settings.b_range[0] if exponent is None else exponent, weight, rate))
     return torch.tensor(lines)
 

@@ -36,6 +36,7 @@ from calibquant.solver.learn import bfloat16_pays
 from calibquant.solver.peers import Peers
 from calibquant.solver.pipeline import (
     calibrate,
+    equalize,
     fix_randomness,
     float_model,
     parameters_in_float32_mb,
@@ -106,6 +107,7 @@ def quantize(
     with run.stage("calibrate"):
         quantized = quantize_model(model, config)
         if peers.leads:  # on all images: ranges are then those of a single process
+            equalize(quantized, calibration.images, config)
             calibrate(quantized, calibration.images, config.data.batch_size)
         peers.match(quantized)
     score("range_only", "ranges only", quantized)

@@ -13,6 +13,7 @@ from easydict import EasyDict
 from torch import Tensor, nn
 
 from calibquant.errors import UserError
+from calibquant.model.equalize import equalize as equalize_channels
 from calibquant.model.load import build_model, load_weights
 from calibquant.model.quant_layer import calibrate_weights
 from calibquant.model.quant_resnet import End, Override, QuantResNet, QuantSpec
@@ -75,6 +76,22 @@ def quantize_model(model: ResNet, config: EasyDict) -> QuantResNet:
         return QuantResNet(model, quant_spec(config)).to(device).eval()
 
 
+def equalize(model: QuantResNet, images: Tensor, config: EasyDict) -> None:
+    """Where the config says so, scale channels so that one step size serves them; before calibrating.
+
+    Raises:
+        UserError: weights or activations hold NaN or infinity.
+    """
+    if not config.quant.equalize:
+        return
+    try:
+        strengths = equalize_channels(model, images, config.data.batch_size, config.process.seed)
+    except ValueError as error:
+        raise UserError(f"equalization: {error}") from error
+    scaled = [strength for strength in strengths.values() if strength]
+    logger.info("equalized channels of %d of %d junctions", len(scaled), len(strengths))
+
+
 def calibrate(model: QuantResNet, images: Tensor, batch_size: int) -> None:
     """Set every range: of weights from the weights, of activations from all calibration images.
 
@@ -109,7 +126,7 @@ def recon_settings(config: EasyDict, images: int | None = None, processes: int =
     """
     values = dict(config.quant.recon)
     values["batch_size"] = min(values["batch_size"], images or values["batch_size"]) // processes
-    values["b_range"] = tuple(values["b_range"])
+    values["b_range"], values["merge"] = tuple(values["b_range"]), tuple(values["merge"])
     return ReconSettings(**values)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from calibquant.model.quant_layer import harden, layers
 from calibquant.model.quant_resnet import QuantResNet, Unit
 from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
-from calibquant.quantization.state import full_precision
+from calibquant.quantization.state import calibrating, full_precision
 from calibquant.solver.caches import CACHE_TYPES, Activations, Store, UnitData, live_names, run_batched
 from calibquant.solver.learn import (
     Engine,
@@ -110,7 +110,7 @@ def reconstruct(
     store = store or store_for(settings, device)
     means = Means(settings, device, store, progress, engine or Engine(), peers or Peers())
     activations = Activations(images.to(store.device).contiguous(memory_format=torch.channels_last))
-    units = model.units(settings.granularity)
+    units = model.units(settings.granularity, settings.merge)
     with float32_precision(settings.precision):
         for index, unit in enumerate(units):
             started = time.perf_counter()
@@ -163,8 +163,17 @@ def unit_data(unit: Unit, activations: Activations, means: Means) -> UnitData:
 
 def reconstruct_unit(unit: Unit, data: UnitData, means: Means, generator: torch.Generator) -> UnitResult:
     """Learn and harden one unit; where that is no better than its calibrated state, harden that."""
+    if means.settings.ranges == "quantized":
+        with calibrating(unit.module):
+            for start in range(0, len(data.target), means.settings.batch_size):
+                unit.module(
+                    *(
+                        x[start : start + means.settings.batch_size].to(means.device, torch.float32)
+                        for x in data.quantized
+                    )
+                )
     before = output_error(unit.module, data, means)
-    calibrated = copy.deepcopy(unit.module)
+    calibrated = copy.deepcopy(unit.parts)
     result = UnitResult(unit.name, before, error_after=math.inf)
     result.trace, result.unconverged = learn_unit(
         unit, data, means.settings, generator, means.progress, means.engine, means.peers
@@ -174,7 +183,8 @@ def reconstruct_unit(unit: Unit, data: UnitData, means: Means, generator: torch.
         harden(unit.module)
         result.error_after = output_error(unit.module, data, means)
     if not result.error_after <= before:  # NaN is worse, too
-        vars(unit.module).update(vars(calibrated))  # all of the module's state, taken back
+        for part, before_learning in zip(unit.parts, calibrated, strict=True):
+            vars(part).update(vars(before_learning))  # all of its state, taken back
         harden(unit.module)
         result.error_after, result.rounded_away, result.reverted = before, 0.0, True
     return result
