@@ -22,7 +22,11 @@ def small_config(**changes: Any) -> EasyDict:
             "kwargs": {"num_classes": 1000, "small_images": True, "base_width": 4},
         },
         "data": {"batch_size": 8, "num_workers": 0, "input_size": 16, "test_resize": 16},
-        "quant": {"calibrate": 12, "recon": {"batch_size": 8, "iters": 6, "round_lr": 0.01}},
+        "quant": {
+            "calibrate": 12,
+            "equalize": False,
+            "recon": {"batch_size": 8, "iters": 6, "round_lr": 0.01},
+        },
     }
     for dotted, value in changes.items():
         *sections, name = dotted.split("__")

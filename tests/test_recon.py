@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from calibquant.errors import UserError
 from calibquant.model.quant_layer import harden, layers
 from calibquant.quantization.fake_quant import AdaRoundFakeQuantize, FixedFakeQuantize, IntegerWeight
 from calibquant.quantization.state import full_precision, quantizers
@@ -164,3 +165,84 @@ def test_on_a_gpu_the_same_job_runs_with_caches_there_or_in_host_memory(keep_gpu
     model = calibrated_model(config, IMAGES).cuda()
     results = list(reconstruct(model, IMAGES, recon_settings(config), seed=7))
     assert sum(r.error_after for r in results) < sum(r.error_before for r in results)
+
+
+def test_ranges_are_set_again_on_what_a_unit_is_really_given():
+    changes = {"quant__a_qconfig__quantizer": "FixedFakeQuantize", "quant__recon__iters": 0}
+    (plain, _), (again, _) = run(**changes), run(quant__recon__ranges="quantized", **changes)
+    pairs = list(zip(quantizers(plain), quantizers(again), strict=True))
+    (stem, same), *later = [(a, b) for (_, a), (_, b) in pairs]
+    assert torch.equal(stem.scale, same.scale)  # the images are the same in both networks
+    assert sum(not torch.equal(a.scale, b.scale) for a, b in later) > len(later) / 2
+
+
+def test_ranges_set_again_are_those_of_an_observer_of_the_quantized_activations():
+    config = small_config(
+        quant__a_qconfig__quantizer="FixedFakeQuantize",
+        quant__a_qconfig__observer="MinMaxObserver",
+        quant__ends_8bit=[],
+        quant__recon__iters=0,
+        quant__recon__cache="fp32",
+        quant__recon__ranges="quantized",
+    )
+    model = calibrated_model(config, IMAGES)
+    results = reconstruct(model, IMAGES, recon_settings(config), seed=1)
+    next(results)
+    block = model.blocks[0]
+    with torch.no_grad():
+        x = model.stem(IMAGES)
+        with full_precision(block):
+            most = float(block.branch.conv1(x).max())
+    next(results)
+    assert float(block.branch.conv1.output_quantizer.scale) == pytest.approx(most / 15, rel=1e-5)
+
+
+def test_merged_units_are_learned_together_and_leave_the_network_whole():
+    merged = ["layer1.0", "layer2.1"]
+    model, results = run(quant__recon__merge=merged, quant__recon__iters=40)
+    names = [result.name for result in results]
+    assert names[0] == "stem+layer1.0" and "layer2.0+layer2.1" in names
+    assert len(names) == len(model.units("block")) - 2
+    assert all(isinstance(layer.weight_quantizer, IntegerWeight) for _, layer in layers(model))
+    with torch.no_grad():
+        assert torch.isfinite(model(IMAGES)).all()
+
+
+def test_merged_units_that_get_worse_are_taken_back_whole():
+    changes = {"quant__recon__merge": ["layer1.0"], "quant__recon__iters": 3, "quant__recon__scale_lr": 1e3}
+    model, results = run(**changes)
+    assert results[0].reverted
+    plain = calibrated_model(small_config(quant__w_qconfig__bit=2), IMAGES)
+    harden(plain)
+    for mine, other in ((model.stem, plain.stem), (model.blocks[0], plain.blocks[0])):
+        for (name, a), (_, b) in zip(mine.state_dict().items(), other.state_dict().items(), strict=True):
+            assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("granularity", "merge", "words"),
+    [
+        ("block", ["layer9.0"], "layer9.0 is no unit"),
+        ("block", ["stem"], "stem cannot be merged"),
+        ("layer", ["layer1.0.conv2"], "layer1.0.conv2 cannot be merged"),
+    ],
+)
+def test_units_that_cannot_be_merged_are_named(granularity, merge, words):
+    with pytest.raises(UserError, match=rf"quant\.recon\.merge: {words}"):
+        small_config(quant__recon__granularity=granularity, quant__recon__merge=merge)
+
+
+def test_weights_step_sizes_are_learned_under_floors_that_stay():
+    (fixed, _), (learned, results) = (
+        run(quant__recon__iters=30, quant__recon__weight_scale_lr=rate) for rate in (0.0, 0.01)
+    )
+    moved = []
+    for (_, a), (_, b) in zip(layers(fixed), layers(learned), strict=True):
+        assert bool((b.weight_quantizer.scale > 0).all())
+        assert not b.weight_quantizer.scale.requires_grad
+        assert int(b.weight_quantizer.codes.max()) < 2**b.weight_quantizer.bits
+        apart = (a.weight_quantizer.codes.int() - b.weight_quantizer.codes.int()).abs()
+        assert int(apart.max()) <= 1  # the same floor, rounded up or down
+        moved.append(not torch.equal(a.weight_quantizer.scale, b.weight_quantizer.scale))
+    assert sum(moved) > len(moved) / 2
+    assert sum(result.reverted for result in results) < len(results) / 2

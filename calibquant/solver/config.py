@@ -284,7 +284,7 @@ KEYS: list[Key] = [
         "quant.recon.weight_scale_lr",
         RECON["weight_scale_lr"],
         number(0),
-        "Adam learning rate of weights' step sizes, relative to a layer's mean, cosine to 0; 0 keeps them (Genie-M)",
+        "Adam learning rate of weights' step sizes over their mean, cosine to 0; 0 keeps them (Genie-M)",
     ),
     Key(
         "quant.recon.merge",

@@ -7,9 +7,10 @@ depends on whether it did.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +56,6 @@ class ReconSettings:
     cache: str = "fp16"
     compile: str = "auto"
     weight_scale_lr: float = 0.0
-    bias_lr: float = 0.0
-    round_schedule: str = "constant"
-    regularizer: str = "sum"
     ranges: str = "float"
     merge: tuple[str, ...] = ()
 
@@ -94,6 +92,9 @@ def learn_unit(
 ) -> tuple[list[TracePoint], float]:
     """Learn a unit's rounding logits, step sizes and zero-points.
 
+    Where `weight_scale_lr` is set, weights' step sizes are learned as well, under floors that stay as they
+    were at the start (Genie-M, Jeon et al., CVPR 2023, section 3.3).
+
     Returns:
         The losses on the way, and the share of weights whose rounding was undecided at the end.
     """
@@ -103,49 +104,34 @@ def learn_unit(
     if not settings.iters or not (logits or qparams):
         return [], 0.0
     device = generator.device
-    found = [layer for _, layer in layers(unit.module)]
     scales = [q.scale for q in rounding] if settings.weight_scale_lr else []
-    biases = [layer.bias for layer in found] if settings.bias_lr else []
+    learned: list[Tensor] = [*logits, *qparams, *scales]
     order = batch_order(len(data.target), settings.batch_size, settings.iters, generator)
     batches = batches_of(data, order, device)
     mixing, inside, draws = places_to_drop(unit, batches, settings.drop_prob, generator)
     work = float(batches.target[0].numel() * batches.batch_size * settings.iters)
     objective = engine.objective(
-        unit_objective(unit.module, batches, mixing, rounding, settings.precision, settings.regularizer),
-        work,
-        device,
+        unit_objective(unit.module, batches, mixing, rounding, settings.precision), work, device
     )
     table = schedule(settings).to(device)
-    cosine_round = settings.round_schedule == "cosine"
-    kinds = [
-        (logits, settings.round_lr, cosine_round),
-        (qparams, settings.scale_lr, True),
-    ]
-    kinds += [([s], settings.weight_scale_lr * float(s.mean()), True) for s in scales]
-    kinds += [([b], settings.bias_lr * float(b.std()), True) for b in biases]
-    groups, falling = [], []
-    for params, lr, falls in kinds:
-        if not params:
-            continue
-        rate = torch.tensor(lr, device=device)
-        groups.append({"params": params, "lr": rate})
-        if falls:
-            falling.append((rate, lr))
+    groups: list[dict[str, Any]] = [{"params": logits, "lr": settings.round_lr}] if logits else []
+    falling: list[tuple[Sequence[Tensor], float]] = [(qparams, settings.scale_lr)] if qparams else []
+    falling += [([scale], settings.weight_scale_lr * float(scale.mean())) for scale in scales]
+    rates = [(torch.tensor(start, device=device), start) for _, start in falling]
+    groups += [{"params": some, "lr": rate} for (some, _), (rate, _) in zip(falling, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
     counter = torch.zeros(1, dtype=torch.int64, device=device)
     trace = torch.zeros(settings.iters, 2, device=device)
 
-    learned = logits + qparams + scales + biases
-
     def one_step() -> None:
         optimizer.zero_grad(set_to_none=True)
         draws.refill()
-        exponent, weight, rate = table.index_select(0, counter).view(-1).unbind()
+        exponent, weight, factor = table.index_select(0, counter).view(-1).unbind()
         error, penalty = objective(batches.rows(counter), exponent, weight)
         (error + penalty).backward()
         peers.average([p.grad for p in learned if p.grad is not None])
-        for lr, base in falling:
-            torch.mul(rate, base, out=lr)
+        for rate, start in rates:
+            torch.mul(factor, start, out=rate)
         optimizer.step()
         trace.index_copy_(0, counter, torch.stack((error.detach(), penalty.detach()))[None])
         counter.add_(1)
@@ -172,11 +158,9 @@ def unit_objective(
     mixing: list[Drop | None],
     rounding: list[AdaRoundFakeQuantize],
     precision: str,
-    regularizer: str = "sum",
 ) -> Objective:
     """The function that a step differentiates: the unit's error on a batch, and the rounding penalty."""
     narrow = autocast(precision, batches.target.device)
-    mean = regularizer == "mean"
 
     def objective(rows: Tensor, exponent: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         pairs = zip(batches.quantized, batches.full, mixing, strict=True)
@@ -186,8 +170,7 @@ def unit_objective(
         error = reconstruction_loss(output.float(), batches.target[rows].float())
         penalty = error.new_zeros(())
         for quantizer in rounding:
-            one = rounding_regularizer(quantizer.soft_rounding(), exponent)
-            penalty = penalty + (one / quantizer.logits.numel() if mean else one)
+            penalty = penalty + rounding_regularizer(quantizer.soft_rounding(), exponent)
         return error, weight * penalty
 
     return objective
@@ -239,13 +222,16 @@ def places_to_drop(
 
 
 def schedule(settings: ReconSettings) -> Tensor:
-    """What changes with the step, ``[steps, 3]``: the regulariser's exponent, its weight, `scale_lr`."""
+    """What changes with the step, ``[steps, 3]``.
+
+    The regulariser's exponent, its weight, and the factor of the learning rates that fall.
+    """
     lines = []
     for step in range(settings.iters):
         exponent = regularizer_exponent(step, settings)
         weight = 0.0 if exponent is None else settings.weight
-        rate = cosine(step, settings.iters)
-        lines.append((settings.b_range[0] if exponent is None else exponent, weight, rate))
+        factor = cosine(step, settings.iters)
+        lines.append((settings.b_range[0] if exponent is None else exponent, weight, factor))
     return torch.tensor(lines)
 
 
@@ -283,8 +269,8 @@ def batch_order(count: int, batch: int, steps: int, generator: torch.Generator) 
 
 
 @contextmanager
-def learning(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, gradients flow into the given parameters, which otherwise never take any."""
+def learning(parameters: list[Tensor]) -> Iterator[None]:
+    """Inside, gradients flow into the given tensors, which otherwise never take any."""
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)

@@ -164,14 +164,7 @@ def unit_data(unit: Unit, activations: Activations, means: Means) -> UnitData:
 def reconstruct_unit(unit: Unit, data: UnitData, means: Means, generator: torch.Generator) -> UnitResult:
     """Learn and harden one unit; where that is no better than its calibrated state, harden that."""
     if means.settings.ranges == "quantized":
-        with calibrating(unit.module):
-            for start in range(0, len(data.target), means.settings.batch_size):
-                unit.module(
-                    *(
-                        x[start : start + means.settings.batch_size].to(means.device, torch.float32)
-                        for x in data.quantized
-                    )
-                )
+        set_ranges(unit.module, data, means)
     before = output_error(unit.module, data, means)
     calibrated = copy.deepcopy(unit.parts)
     result = UnitResult(unit.name, before, error_after=math.inf)
@@ -188,6 +181,18 @@ def reconstruct_unit(unit: Unit, data: UnitData, means: Means, generator: torch.
         harden(unit.module)
         result.error_after, result.rounded_away, result.reverted = before, 0.0, True
     return result
+
+
+def set_ranges(module: nn.Module, data: UnitData, means: Means) -> None:
+    """Set a unit's activation ranges from what it is really given, as QDrop's later code does.
+
+    Of several processes the first one's images count.
+    """
+    with calibrating(module):
+        for start in range(0, len(data.target), means.settings.batch_size):
+            rows = slice(start, start + means.settings.batch_size)
+            module(*(x[rows].to(means.device, torch.float32) for x in data.quantized))
+    means.peers.match(module)
 
 
 @torch.no_grad()
