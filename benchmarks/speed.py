@@ -98,7 +98,7 @@ def units_with_data(
 ) -> Iterable[tuple[Unit, UnitData]]:
     """Each wanted unit, not yet hardened, and what it learns from."""
     store = store_for(settings, device)
-    means = Means(settings, device, store)
+    means = Means(settings, device, store, len(images))
     activations = Activations(images.to(device).contiguous(memory_format=torch.channels_last))
     units = model.units("block")
     for index, unit in enumerate(units):

@@ -100,7 +100,8 @@ def choose_store(
         UserError: a step does not fit on the device, or the caches fit nowhere.
     """
     device, dtype = next(model.buffers()).device, CACHE_TYPES[settings.cache]
-    need = estimate(model, images[:1].to(device), len(images), settings)
+    views = len(images) * settings.views
+    need = estimate(model, images[:1].to(device), views, settings)
     found = free(device, folder)
     have = Room(found.device, found.host // processes, found.disk // processes)
     on_gpu, cpu = device.type == "cuda", torch.device("cpu")
@@ -124,9 +125,10 @@ def choose_store(
         )
         return FileStore(dtype, folder)
     raise UserError(
-        f"activations of quant.calibrate {len(images)} images need about {_size(need.caches)}; "
+        f"activations of {views} images (quant.calibrate x quant.recon.views) "
+        f"need about {_size(need.caches)}; "
         f"free are {_size(have.device)} on {device}, {_size(have.host)} of host memory and "
-        f"{_size(have.disk)} on disk; lower quant.calibrate"
+        f"{_size(have.disk)} on disk; lower one of these"
     )
 
 

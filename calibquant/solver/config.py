@@ -292,6 +292,12 @@ KEYS: list[Key] = [
         sequence(text(r"[\x21-\x7e]{1,100}"), "a list of names of units"),
         "units that are reconstructed together with the one before them (MRECG)",
     ),
+    Key(
+        "quant.recon.views",
+        RECON["views"],
+        integer(1, 64),
+        "views of each image to learn from: itself, mirrored, then random crops; each takes its memory",
+    ),
     Key("model.type", REQUIRED, choice(*ARCHITECTURES), "the network"),
     Key("model.kwargs.num_classes", 1000, integer(1, 100_000), "outputs of the classifier"),
     Key(

@@ -58,6 +58,7 @@ class ReconSettings:
     weight_scale_lr: float = 0.0
     ranges: str = "float"
     merge: tuple[str, ...] = ()
+    views: int = 1
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from calibquant.model.quant_layer import harden, layers
 from calibquant.model.quant_resnet import QuantResNet, Unit
 from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
 from calibquant.quantization.state import calibrating, full_precision
+from calibquant.solver.augment import views_of
 from calibquant.solver.caches import CACHE_TYPES, Activations, Store, UnitData, live_names, run_batched
 from calibquant.solver.learn import (
     Engine,
@@ -73,11 +74,16 @@ def plain_steps(name: str, iters: int) -> Iterable[int]:
 
 @dataclass(frozen=True)
 class Means:
-    """What all units share: settings, the working device, where activations live, and how steps run."""
+    """What all units share: settings, the working device, where activations live, and how steps run.
+
+    Attributes:
+        images: how many of the activations are of the images themselves; further views follow them.
+    """
 
     settings: ReconSettings
     device: torch.device
     store: Store
+    images: int
     progress: Progress = plain_steps
     engine: Engine = field(default_factory=Engine)
     peers: Peers = field(default_factory=Peers)
@@ -108,8 +114,9 @@ def reconstruct(
     memory = memory or Memory()
     device = next(model.buffers()).device
     store = store or store_for(settings, device)
-    means = Means(settings, device, store, progress, engine or Engine(), peers or Peers())
-    activations = Activations(images.to(store.device).contiguous(memory_format=torch.channels_last))
+    means = Means(settings, device, store, len(images), progress, engine or Engine(), peers or Peers())
+    views = views_of(images, settings.views, seed + means.peers.rank)
+    activations = Activations(views.to(store.device).contiguous(memory_format=torch.channels_last))
     units = model.units(settings.granularity, settings.merge)
     with float32_precision(settings.precision):
         for index, unit in enumerate(units):
@@ -189,8 +196,7 @@ def set_ranges(module: nn.Module, data: UnitData, means: Means) -> None:
     Of several processes the first one's images count.
     """
     with calibrating(module):
-        for start in range(0, len(data.target), means.settings.batch_size):
-            rows = slice(start, start + means.settings.batch_size)
+        for rows in image_rows(means):
             module(*(x[rows].to(means.device, torch.float32) for x in data.quantized))
     means.peers.match(module)
 
@@ -198,13 +204,18 @@ def set_ranges(module: nn.Module, data: UnitData, means: Means) -> None:
 @torch.no_grad()
 def output_error(module: nn.Module, data: UnitData, means: Means) -> float:
     """Error of a unit's output against its target on all images, of all processes."""
-    total, count = 0.0, len(data.target)
-    for start in range(0, count, means.settings.batch_size):
-        rows = slice(start, start + means.settings.batch_size)
+    total = 0.0
+    for rows in image_rows(means):
         inputs = [x[rows].to(means.device, torch.float32) for x in data.quantized]
         target = data.target[rows].to(means.device, torch.float32)
         total += float(reconstruction_loss(module(*inputs), target)) * len(target)
-    return means.peers.mean(total / count, count)
+    return means.peers.mean(total / means.images, means.images)
+
+
+def image_rows(means: Means) -> list[slice]:
+    """Batches of the images themselves, without their other views."""
+    size = means.settings.batch_size
+    return [slice(start, min(start + size, means.images)) for start in range(0, means.images, size)]
 
 
 def learned_is_finite(module: nn.Module) -> bool:
