@@ -11,7 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __package__ in (None, ""):  # run as a file: the repository is a folder up
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

@@ -1,0 +1,288 @@
+"""What an ablation's runs say together: comparisons, sets against their scores, tables, JSON and a plot."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.ablation_plan import Point
+from benchmarks.ablation_runs import METRICS, Result
+from benchmarks.ablation_statistics import (
+    Difference,
+    paired_difference,
+    pooled,
+    rank_correlation,
+    spread,
+)
+from calibquant.errors import UserError
+from calibquant.solver.files import write_atomically
+
+TITLES = {"top1": "top-1 %", "agreement": "agreement %", "kl": "KL"}
+DIGITS = {"top1": 2, "agreement": 2, "kl": 4}
+FORMATS = ("png", "svg")
+
+Finished = Sequence[tuple[Point, Result]]
+Scores = Mapping[str, Mapping[str, float]]
+"""By set, what each label-free score says of it; lower is better."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant's means over runs and images, and how far they are from the baseline's, of the same images.
+
+    Attributes:
+        runs: over how many sets and seeds each image's value was averaged.
+        differences: by metric; empty for the baseline itself.
+    """
+
+    bits: str
+    variant: str
+    runs: int
+    means: dict[str, float]
+    range_only: dict[str, float]
+    differences: dict[str, Difference]
+
+
+@dataclass(frozen=True)
+class SetEffect:
+    """What the calibration set changes of a variant.
+
+    Attributes:
+        means: by set and metric, the mean over seeds and images.
+        spreads: by metric, the largest of these minus the smallest.
+        correlations: by score and metric, Spearman's rank correlation over the sets.
+    """
+
+    bits: str
+    variant: str
+    means: dict[str, dict[str, float]]
+    spreads: dict[str, float]
+    correlations: dict[str, dict[str, float]]
+
+
+def groups(finished: Finished) -> dict[tuple[str, str], list[tuple[Point, Result]]]:
+    """Runs by bits and variant, in the order in which these first stand."""
+    found: dict[tuple[str, str], list[tuple[Point, Result]]] = {}
+    order = {bits: place for place, bits in enumerate(dict.fromkeys(p.bits for p, _ in finished))}
+    for point, result in sorted(finished, key=lambda pair: order[pair[0].bits]):
+        found.setdefault((point.bits, point.variant), []).append((point, result))
+    return found
+
+
+def means(outcome: Mapping[str, Any]) -> dict[str, float]:
+    """Mean over images, by metric."""
+    return {metric: float(outcome[metric].mean()) for metric in METRICS}
+
+
+def compare(finished: Finished) -> list[Comparison]:
+    """Each variant at each bit-width against the first variant there, image by image."""
+    comparisons = []
+    baselines: dict[str, dict[str, Any]] = {}
+    for (bits, variant), runs in groups(finished).items():
+        values = {metric: pooled([r.reconstructed[metric] for _, r in runs]) for metric in METRICS}
+        before = {metric: pooled([r.range_only[metric] for _, r in runs]) for metric in METRICS}
+        first = baselines.setdefault(bits, values)
+        differences = (
+            {} if first is values else {m: paired_difference(values[m], first[m]) for m in METRICS}
+        )
+        comparisons.append(Comparison(bits, variant, len(runs), means(values), means(before), differences))
+    return comparisons
+
+
+def set_effects(finished: Finished, scores: Scores) -> list[SetEffect]:
+    """What the set changes of each variant at each bit-width; empty where there is but one set."""
+    effects = []
+    for (bits, variant), runs in groups(finished).items():
+        by_set: dict[str, list[dict[str, float]]] = {}
+        for point, result in runs:
+            by_set.setdefault(point.set, []).append(means(result.reconstructed))
+        if len(by_set) < 2:
+            continue
+        found = {name: {m: fmean(one[m] for one in ones) for m in METRICS} for name, ones in by_set.items()}
+        columns = {m: [of_set[m] for of_set in found.values()] for m in METRICS}
+        known = [scores[name] for name in found] if scores else [{}]
+        correlations = {
+            score: {m: rank_correlation([one[score] for one in known], columns[m]) for m in METRICS}
+            for score in known[0]
+        }
+        spreads = {metric: spread(column) for metric, column in columns.items()}
+        effects.append(SetEffect(bits, variant, found, spreads, correlations))
+    return effects
+
+
+def read_scores(path: Path, points: Sequence[Point]) -> dict[str, dict[str, float]]:
+    """Scores of the runs' sets, from a file that ``select_calibration.py --score ... --json`` wrote.
+
+    A set is known by its images' hash, or else by what it was given as.
+
+    Raises:
+        UserError: the file cannot be read, or has no score of a set.
+    """
+    try:
+        rows = json.loads(path.read_text())["sets"]
+        scored = {row[key]: _values(row) for key in ("set", "sha256") for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--scores {path}: is no file that select_calibration.py --json wrote") from error
+    found = {}
+    for point in points:
+        known = scored.get(point.sha256) or scored.get(point.images.given)
+        if not known:
+            raise UserError(f"--scores {path}: has no score of the set {point.images.given}")
+        found[point.set] = known
+    return found
+
+
+def _values(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that a set was ranked by."""
+    ranges = row["ranges"] and row["ranges"]["kl"]
+    both = {"statistics": row["statistics"], "ranges": ranges}
+    return {score: float(value) for score, value in both.items() if value is not None}
+
+
+def markdown(finished: Finished, comparisons: Sequence[Comparison], effects: Sequence[SetEffect]) -> str:
+    """All tables, those without a row left out."""
+    tables = [runs_table(finished), comparison_table(comparisons), sets_table(effects)]
+    return "\n\n".join(table for table in tables if table)
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else ""
+
+
+def _cells(values: Mapping[str, float], sign: str = "") -> list[str]:
+    return [f"{values[metric]:{sign}.{DIGITS[metric]}f}" for metric in METRICS]
+
+
+def runs_table(finished: Finished) -> str:
+    """A row per run."""
+    titles = ["bits", "variant", "set", "seed", "ranges only, top-1 %", *TITLES.values(), "seconds"]
+    rows = []
+    for point, result in finished:
+        before = f"{result.range_only['top1'].mean():.2f}"
+        name = [point.bits, point.variant, point.set, str(point.seed), before]
+        rows.append([*name, *_cells(means(result.reconstructed)), f"{sum(result.seconds.values()):.0f}"])
+    return _table(titles, rows)
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> str:
+    """A row per variant: means, and differences with their 95 % intervals."""
+    if not comparisons:
+        return ""
+    first = comparisons[0].variant
+    titles = ["bits", "variant", "runs", *TITLES.values()]
+    titles += [f"{title} − {first}" for title in TITLES.values()]  # noqa: RUF001
+    rows = []
+    for one in comparisons:
+        cells = [_interval(one.differences[m], DIGITS[m]) if one.differences else "" for m in METRICS]
+        rows.append([one.bits, one.variant, str(one.runs), *_cells(one.means), *cells])
+    return _table(titles, rows)
+
+
+def _interval(found: Difference, digits: int) -> str:
+    return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+
+
+def sets_table(effects: Sequence[SetEffect]) -> str:
+    """A row per variant: spreads over the sets, and rank correlations with the scores."""
+    if not effects:
+        return ""
+    scores = list(effects[0].correlations)
+    titles = ["bits", "variant", "sets", *(f"{title}, spread" for title in TITLES.values())]
+    titles += [f"{score} ~ {title}" for score in scores for title in TITLES.values()]
+    rows = []
+    for one in effects:
+        ranks = [f"{one.correlations[score][m]:+.2f}" for score in scores for m in METRICS]
+        rows.append([one.bits, one.variant, str(len(one.means)), *_cells(one.spreads), *ranks])
+    return _table(titles, rows)
+
+
+def run_summary(point: Point, result: Result) -> dict[str, Any]:
+    """A run in the JSON."""
+    return {
+        "bits": point.bits,
+        "variant": point.variant,
+        "set": point.set,
+        "seed": point.seed,
+        "calibration_images": len(point.images.paths),
+        "sha256": point.sha256,
+        "range_only": means(result.range_only),
+        "reconstructed": means(result.reconstructed),
+        "reverted_units": result.reverted,
+        "seconds": result.seconds,
+    }
+
+
+def as_json(
+    finished: Finished, comparisons: Sequence[Comparison], effects: Sequence[SetEffect], scores: Scores
+) -> dict[str, Any]:
+    """Runs and what they say together, without values of single images."""
+    first = finished[0][1]
+    return {
+        "val_images": len(first.reconstructed["kl"]),
+        "float_top1": first.float_top1,
+        "runs": [run_summary(point, result) for point, result in finished],
+        "baseline": finished[0][0].variant,
+        "comparisons": [asdict(one) for one in comparisons],
+        "sets": [asdict(one) for one in effects],
+        "scores": scores,
+    }
+
+
+def require_format(path: Path) -> None:
+    """Make sure, before hours of work, that the plot's format is known.
+
+    Raises:
+        UserError: it is not.
+    """
+    if path.suffix[1:] not in FORMATS:
+        raise UserError(f"--plot {path}: allowed are names that end in .{' or .'.join(FORMATS)}")
+
+
+def plot_sets(path: Path, effects: Sequence[SetEffect], float_top1: float) -> None:
+    """What each set gives, a column per variant: the drop of top-1 and KL, side by side at each bit-width.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    widths = list(dict.fromkeys(effect.bits for effect in effects))
+    columns = max(sum(effect.bits == bits for effect in effects) for bits in widths)
+    figure = Figure(figsize=(3.0 + 2.4 * columns, 1.0 + 2.8 * len(widths)), layout="constrained")
+    for bits, row in zip(widths, figure.subplots(len(widths), 2, squeeze=False), strict=True):
+        shown = [effect for effect in effects if effect.bits == bits]
+        for axes, metric in zip(row, ("top1", "kl"), strict=True):
+            _strips(axes, shown, metric, float_top1)
+            axes.set_title(bits)
+        row[0].set_ylabel("top-1 below float, points")
+        row[1].set_ylabel("KL(float || quantized), nats")
+    handles, names = row[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", frameon=False)
+
+    def write(file: Any) -> None:
+        figure.savefig(file, format=path.suffix[1:], dpi=150)
+
+    write_atomically(path, write)
+
+
+def _strips(axes: Any, effects: Sequence[SetEffect], metric: str, float_top1: float) -> None:
+    """A dot per set over each variant's name, and a line from the least to the greatest."""
+    sets = list(effects[0].means)
+    columns = [[found[metric] for found in effect.means.values()] for effect in effects]
+    if metric == "top1":
+        columns = [[float_top1 - value for value in values] for values in columns]
+    for column, heights in enumerate(columns):
+        axes.plot([column, column], [min(heights), max(heights)], color="0.8", lw=3, zorder=1)
+        for place, height in enumerate(heights):
+            beside = column + 0.3 * (place / (len(sets) - 1) - 0.5)  # so that equal values are all seen
+            style = {"color": f"C{place % 10}", "marker": "os^Dv"[place // 10 % 5]}
+            axes.plot([beside], [height], ls="", label=None if column else sets[place], **style)
+    low, high = min(0.0, *map(min, columns)), max(0.0, *map(max, columns))
+    air = 0.08 * (high - low) or 1.0
+    axes.set_ylim(low - air * (low < 0), high + air)
+    axes.set_xticks(range(len(effects)), [effect.variant.replace(",", ",\n") for effect in effects])
+    axes.set_xlim(-0.5, len(effects) - 0.5)
+    axes.grid(axis="y", alpha=0.3)

@@ -1,0 +1,64 @@
+"""The arithmetic of an ablation: paired comparisons on the same images, spreads and ranks over sets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Values = NDArray[np.float64]
+"""A number per image, ``[images]``."""
+
+CONFIDENCE = 0.95
+RESAMPLES = 9999
+BATCH = 100
+"""Resamples held in memory at a time; all of ImageNet's val at once would take gigabytes."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference and the bounds of its interval; NaN where one image gives none."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def pooled(runs: Sequence[Values]) -> Values:
+    """Each image's mean over runs: what differs is then the variant, not a seed or a set."""
+    return np.mean(np.stack(runs), axis=0)
+
+
+def paired_difference(found: Values, baseline: Values, seed: int = 0) -> Difference:
+    """Mean of ``found - baseline`` over the same images, with a percentile bootstrap interval.
+
+    Images are resampled, each with both of its values (Efron & Tibshirani 1993, chapter 13). The interval
+    says what other images would change; runs that were pooled before are taken as they are.
+    """
+    difference = found - baseline
+    mean = float(difference.mean())
+    if len(difference) < 2:
+        return Difference(mean, np.nan, np.nan)
+    interval = stats.bootstrap(
+        (difference,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=BATCH,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return Difference(mean, float(interval.low), float(interval.high))
+
+
+def spread(values: Sequence[float]) -> float:
+    """Largest minus smallest."""
+    return max(values) - min(values)
+
+
+def rank_correlation(scores: Sequence[float], values: Sequence[float]) -> float:
+    """Spearman's rank correlation; NaN for fewer than three sets, or where one side does not vary."""
+    if len(scores) < 3 or len(set(scores)) < 2 or len(set(values)) < 2:
+        return float("nan")
+    return float(stats.spearmanr(scores, values).statistic)
