@@ -24,6 +24,7 @@ from benchmarks.ablation_plan import (
     Edits,
     Point,
     bits_of,
+    changes,
     edited,
     find_sets,
     parse_bits,
@@ -68,6 +69,7 @@ def main() -> None:
             "machine": machine(device),
             "versions": versions(),
             "config": plain(config),
+            "variants": {point.variant: changes(point.config, config) for point in points},
         }
         write_json(args.out, about | as_json(finished, comparisons, effects, scores))
     if args.plot:

@@ -17,7 +17,7 @@ from easydict import EasyDict
 
 from calibquant.errors import UserError, printable
 from calibquant.paths import expand
-from calibquant.solver.config import check_config, load_config, plain
+from calibquant.solver.config import KEYS, check_config, load_config, lookup, plain
 from calibquant.solver.imagenet_util import content_hash
 from calibquant.solver.rank_sets import ImageSet, find_set
 from calibquant.solver.resume import HARMLESS
@@ -171,6 +171,12 @@ def variant_config(raw: Mapping[str, Any], variant: Variant, overrides: Edits, w
                 f"{what}: {path} must be the same for all, allowed are quant.* and data.augment"
             )
     return config
+
+
+def changes(config: EasyDict, base: EasyDict) -> dict[str, Any]:
+    """Keys that a variant's config has unlike the base's, but for the bits and the seed, and its values."""
+    keys = [key.path for key in KEYS if not key.path.endswith((".bit", "process.seed"))]
+    return {path: lookup(config, path) for path in keys if lookup(config, path) != lookup(base, path)}
 
 
 def find_sets(given: Sequence[str], data: EasyDict) -> dict[str, ImageSet]:

@@ -19,6 +19,7 @@ from benchmarks.ablation_statistics import (
     spread,
 )
 from calibquant.errors import UserError
+from calibquant.report.plots import finite
 from calibquant.solver.files import write_atomically
 
 TITLES = {"top1": "top-1 %", "agreement": "agreement %", "kl": "KL"}
@@ -280,7 +281,8 @@ def _strips(axes: Any, effects: Sequence[SetEffect], metric: str, float_top1: fl
             beside = column + 0.3 * (place / (len(sets) - 1) - 0.5)  # so that equal values are all seen
             style = {"color": f"C{place % 10}", "marker": "os^Dv"[place // 10 % 5]}
             axes.plot([beside], [height], ls="", label=None if column else sets[place], **style)
-    low, high = min(0.0, *map(min, columns)), max(0.0, *map(max, columns))
+    drawn = [0.0, *finite(height for heights in columns for height in heights)]  # a network may diverge
+    low, high = min(drawn), max(drawn)
     air = 0.08 * (high - low) or 1.0
     axes.set_ylim(low - air * (low < 0), high + air)
     axes.set_xticks(range(len(effects)), [effect.variant.replace(",", ",\n") for effect in effects])

@@ -18,7 +18,7 @@ BATCH = 100
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference and the bounds of its interval; NaN where one image gives none."""
+    """A mean difference and its interval's bounds; NaN of a single image, and where a network diverged."""
 
     mean: float
     low: float
@@ -38,7 +38,7 @@ def paired_difference(found: Values, baseline: Values, seed: int = 0) -> Differe
     """
     difference = found - baseline
     mean = float(difference.mean())
-    if len(difference) < 2:
+    if len(difference) < 2 or not np.isfinite(mean):
         return Difference(mean, np.nan, np.nan)
     interval = stats.bootstrap(
         (difference,),

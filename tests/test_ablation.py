@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import ablation, ablation_runs
 from benchmarks.ablation_plan import drawn, parse_variant
+from benchmarks.ablation_report import SetEffect, plot_sets, sets_table
 from benchmarks.ablation_statistics import paired_difference, pooled, rank_correlation, spread
 from benchmarks.compare_to_float import compare
 from calibquant.errors import UserError
@@ -62,6 +63,17 @@ def test_equal_variants_differ_by_nothing_and_one_image_gives_no_interval(images
     assert same.mean == same.low == same.high == 0
     one = paired_difference(np.ones(1), np.zeros(1))
     assert one.mean == 1 and np.isnan(one.low) and np.isnan(one.high)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_network_that_diverged_is_told_and_drawn(tmp_path, value):
+    found = paired_difference(np.array([1.0, value, 2.0]), np.zeros(3))
+    assert not np.isfinite([found.mean, found.low, found.high]).any()
+    lost = {"top1": 0.0, "agreement": 0.0, "kl": value}
+    fine = {"top1": 70.0, "agreement": 80.0, "kl": 0.1}
+    effects = [SetEffect("w2a4", "ours", {"one": lost, "two": fine}, lost, {})]
+    plot_sets(tmp_path / "plot.svg", effects, 75.0)
+    assert "<svg" in (tmp_path / "plot.svg").read_text() and str(value) in sets_table(effects)
 
 
 def test_runs_are_averaged_image_by_image():
@@ -146,6 +158,7 @@ def test_every_combination_is_run_and_told(finished, place):
     config = finished["config"]
     assert config["data"]["input_size"] == config["data"]["test_resize"] == 12
     assert config["quant"]["recon"]["iters"] == 3 and {"machine", "date", "versions"} <= finished.keys()
+    assert finished["variants"]["all_dropped"] == {"quant.equalize": False, "quant.recon.drop_prob": 0}
     assert (place / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
