@@ -30,13 +30,14 @@ Edits = Mapping[str, Any]
 PRESETS: dict[str, Edits] = {
     "ours": {},
     "qdrop": {
-        "quant.equalize": False,
+        "quant.equalize": 0.0,
         "quant.recon.round_mode": "learned_hard_sigmoid",
         "quant.recon.drop_prob": 0.5,
         "quant.recon.granularity": "block",
         "quant.recon.ranges": "float",
         "quant.recon.weight_scale_lr": 0.0,
         "quant.recon.merge": [],
+        "quant.recon.views": 1,
     },
 }
 """Variants that need no edits: the config as it is, and what it has beyond QDrop (ICLR 2022) taken off."""

@@ -24,7 +24,6 @@ def small_config(**changes: Any) -> EasyDict:
         "data": {"batch_size": 8, "num_workers": 0, "input_size": 16, "test_resize": 16},
         "quant": {
             "calibrate": 12,
-            "equalize": False,
             "recon": {"batch_size": 8, "iters": 6, "round_lr": 0.01},
         },
     }

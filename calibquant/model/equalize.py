@@ -5,12 +5,11 @@ What passes through a ReLU, a pooling or an addition of its like may be scaled c
 float network stays the same function (cross-layer equalization, Nagel et al., ICCV 2019, section 4.1), and
 a weight with one step size per output channel is written as well as before. One step size for all of an
 activation's channels then loses less, but a weight that reads channels of unlike scale loses more. An
-exponent shares the burden, ``s_c = range_c ** strength`` (SmoothQuant, Xiao et al., ICML 2023, eq. 4);
-here each junction gets the strength at which activation and weights together bring least noise to what is
-computed from them.
+exponent, the strength, shares the burden: ``s_c = range_c ** strength`` (SmoothQuant, Xiao et al., ICML
+2023, eq. 4).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,27 +18,17 @@ from torch import Tensor
 
 from calibquant.model.quant_layer import QuantLayer, layers
 from calibquant.model.quant_resnet import QuantResidualBlock, QuantResNet
-from calibquant.quantization.affine import (
-    PER_TENSOR,
-    broadcastable,
-    choose_qparams_affine,
-    fake_quantize_affine,
-)
+from calibquant.quantization.affine import PER_TENSOR, broadcastable
 from calibquant.quantization.fake_quant import FakeQuantize, Role
-from calibquant.quantization.observer import as_rows
-from calibquant.quantization.range_search import Grid, Samples, golden_section_search
+from calibquant.quantization.observer import MSEFastObserver
+from calibquant.quantization.range_search import Grid
 from calibquant.quantization.state import full_precision, quantizers, watching
 
-STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-LEARNED = 0.5
-"""What learned rounding is taken to leave of the noise that rounding a weight to nearest makes."""
-WIDEST = 16.0
-"""Farthest that a channel is scaled from the others' geometric mean: one that calibration images hardly
-excite must not be made so large that it is clipped when another image does."""
-POSITIONS = 4096
+WIDEST = 8.0
+"""Farthest that a channel's range counts as being from their geometric mean: one that calibration images
+hardly excite must not be made so large that it is clipped when another image does."""
+POSITIONS = 8192
 """Places sampled from each activation, over all images."""
-ELEMENTS = 2**17
-"""Elements of an activation, and of a weight, whose quantization is tried at each strength."""
 
 
 @dataclass(frozen=True)
@@ -76,31 +65,24 @@ def junctions(model: QuantResNet) -> list[Junction]:
 
 
 @torch.no_grad()
-def equalize(model: QuantResNet, images: Tensor, batch_size: int, seed: int) -> dict[str, float]:
+def equalize(model: QuantResNet, images: Tensor, batch_size: int, seed: int, strength: float) -> None:
     """Scale the channels of every junction, in place; ranges must be calibrated afterwards.
 
     Args:
         model: quantized network, not hardened, with bit-widths settled.
         images: calibration images ``[N, 3, H, W]``, on any device.
         seed: of the places at which activations are sampled.
-
-    Returns:
-        The strength chosen, by the name of each junction's first quantizer; 0 leaves it as it was.
+        strength: 0 leaves the network as it is, 1 gives all channels the same range.
 
     Raises:
         ValueError: a weight is hardened.
     """
     require_unhardened(model)
     samples = sample_activations(model, images, batch_size, seed)
-    names = {quantizer: name for name, quantizer in quantizers(model, Role.ACTIVATION)}
-    chosen = {}
     for junction in junctions(model):
-        strength, factors = best_factors(junction, samples)
-        rescale(junction, factors)
-        for quantizer, _ in junction.readings:
-            samples[quantizer] /= factors
-        chosen[names[junction.readings[0][0]]] = strength
-    return chosen
+        if writes_by_channel(junction):
+            found = [channel_ranges(quantizer, samples[quantizer]) for quantizer, _ in junction.readings]
+            rescale(junction, scale_factors(torch.stack(found).mean(0), strength))
 
 
 def require_unhardened(model: QuantResNet) -> None:
@@ -134,16 +116,7 @@ def sample_activations(
     return {q: torch.cat(kept) for q, kept in seen.items()}
 
 
-def best_factors(junction: Junction, samples: Mapping[FakeQuantize, Tensor]) -> tuple[float, Tensor]:
-    """The strength of least noise, and the factors ``[C]`` that it gives."""
-    activations = [samples[quantizer] for quantizer, _ in junction.readings]
-    strengths = STRENGTHS if _per_channel(junction) else STRENGTHS[:1]
-    ranges = torch.stack([channel_ranges(q, samples[q]) for q, _ in junction.readings]).mean(0)
-    candidates = [(strength, scale_factors(ranges, strength)) for strength in strengths]
-    return min(candidates, key=lambda pair: noise(junction, activations, pair[1]))
-
-
-def _per_channel(junction: Junction) -> bool:
+def writes_by_channel(junction: Junction) -> bool:
     """Whether every writer has a step size for each channel, so that scaling costs it nothing."""
     return all(
         isinstance(layer.weight_quantizer, FakeQuantize) and layer.weight_quantizer.ch_axis != PER_TENSOR
@@ -153,7 +126,8 @@ def _per_channel(junction: Junction) -> bool:
 
 def channel_ranges(quantizer: FakeQuantize, x: Tensor) -> Tensor:
     """Width of the clipping range that would suit each channel of ``x [n, C]`` best alone, ``[C]``."""
-    low, high = clipping_range(x, quantizer, 1)
+    grid = Grid(quantizer.quant_min, quantizer.quant_max, quantizer.symmetric)
+    low, high = MSEFastObserver(grid, 1).range_of(x)
     return high - low
 
 
@@ -165,46 +139,6 @@ def scale_factors(ranges: Tensor, strength: float) -> Tensor:
     return relative.clamp(1 / WIDEST, WIDEST) ** strength
 
 
-def noise(junction: Junction, activations: list[Tensor], factors: Tensor) -> float:
-    """Power that quantizing the scaled activations and weights adds to what their readers compute.
-
-    An addition carries an activation's error on, so that later readers of the run get it, too. Errors of
-    channels and taps are taken to be independent.
-    """
-    total, carried = 0.0, torch.zeros_like(factors)
-    for (quantizer, readers), x in zip(junction.readings, activations, strict=True):
-        few = x[: max(1, ELEMENTS // x.shape[1])]
-        error = fake_quantized(few / factors, quantizer, quantizer.ch_axis) * factors - few
-        carried = carried + error.square().mean(0)
-        power = x.square().mean(0)
-        for layer in readers:
-            assert isinstance(layer.weight_quantizer, FakeQuantize)
-            weight = layer.weight.movedim(1, -1)  # [out, ..., C]
-            rows = weight[:: max(1, weight.numel() // ELEMENTS)]
-            error = fake_quantized(rows * factors, layer.weight_quantizer, layer.weight_quantizer.ch_axis)
-            error = (error / factors - rows).square().flatten(0, -2).sum(0) * (len(weight) / len(rows))
-            gain = weight.square().flatten(0, -2).sum(0)
-            total += float((carried * gain).sum() + LEARNED * (error * power).sum())
-    return total
-
-
-def fake_quantized(x: Tensor, quantizer: FakeQuantize, ch_axis: int) -> Tensor:
-    """``x`` on the quantizer's grid, with the range that suits it best, per tensor or channel."""
-    bounds = quantizer.quant_min, quantizer.quant_max
-    scale, zero_point = choose_qparams_affine(
-        *clipping_range(x, quantizer, ch_axis), *bounds, quantizer.symmetric
-    )
-    scale, zero_point = (broadcastable(qparam, x.ndim, ch_axis) for qparam in (scale, zero_point))
-    return fake_quantize_affine(x, scale, zero_point, *bounds)
-
-
-def clipping_range(x: Tensor, quantizer: FakeQuantize, ch_axis: int) -> tuple[Tensor, Tensor]:
-    """Range of least L2.4 error on the quantizer's grid, each ``[1]`` or ``[C]``, nearly."""
-    rows = as_rows(x, ch_axis)
-    grid = Grid(quantizer.quant_min, quantizer.quant_max, quantizer.symmetric)
-    return golden_section_search(Samples(rows, None, *torch.aminmax(rows, dim=1)), grid, tolerance=0.01)
-
-
 @torch.no_grad()
 def rescale(junction: Junction, factors: Tensor) -> None:
     """Divide what the writers write, and multiply what the readers' weights take, channel by channel."""
@@ -212,4 +146,6 @@ def rescale(junction: Junction, factors: Tensor) -> None:
         layer.weight /= broadcastable(factors, layer.weight.ndim, 0)
         layer.bias /= factors
     for layer in (layer for _, readers in junction.readings for layer in readers):
-        layer.weight *= broadcastable(factors, layer.weight.ndim, 1)
+        taken = layer.weight.shape[1]  # of a grouped convolution's weight: the channels of one group
+        by_group = layer.weight.view(len(factors) // taken, -1, *layer.weight.shape[1:])
+        by_group *= factors.view(-1, 1, taken, *[1] * (layer.weight.ndim - 2))

@@ -195,9 +195,10 @@ KEYS: list[Key] = [
     ),
     Key(
         "quant.equalize",
-        True,
-        BOOLEAN,
-        "scale channels between layers so that one step size serves them all; the float function stays",
+        0.0,
+        number(0, 1),
+        "how far channels are scaled between layers to serve one step size: 0 not, 1 to the same range; "
+        "the float function stays",
     ),
     Key("quant.calibrate", 1024, integer(1, 10**9), "calibration images taken from the calibration folder"),
     Key("quant.recon.batch_size", RECON["batch_size"], integer(1, 10**6), "images per optimisation step"),

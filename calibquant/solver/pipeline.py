@@ -77,19 +77,23 @@ def quantize_model(model: ResNet, config: EasyDict) -> QuantResNet:
 
 
 def equalize(model: QuantResNet, images: Tensor, config: EasyDict) -> None:
-    """Where the config says so, scale channels so that one step size serves them; before calibrating.
+    """Scale channels so that one step size serves them better, as far as `quant.equalize` says.
+
+    Before ranges are calibrated.
 
     Raises:
         UserError: weights or activations hold NaN or infinity.
     """
     if not config.quant.equalize:
         return
+    strength = config.quant.equalize
+    if not strength:
+        return
     try:
-        strengths = equalize_channels(model, images, config.data.batch_size, config.process.seed)
+        equalize_channels(model, images, config.data.batch_size, config.process.seed, strength)
     except ValueError as error:
         raise UserError(f"equalization: {error}") from error
-    scaled = [strength for strength in strengths.values() if strength]
-    logger.info("equalized channels of %d of %d junctions", len(scaled), len(strengths))
+    logger.info("equalized channels, strength %g", strength)
 
 
 def calibrate(model: QuantResNet, images: Tensor, batch_size: int) -> None:
