@@ -84,7 +84,7 @@ def test_too_little_memory_leads_to_files_and_then_to_one_clear_line(tmp_path, h
 def test_no_room_anywhere_is_one_line_that_names_the_key(tmp_path):
     model, settings = small_model()
     many = IMAGES[:1].expand(1_000_000, 3, 16, 16)
-    with pytest.raises(UserError, match=r"quant\.calibrate 1000000 images .* lower quant\.calibrate"):
+    with pytest.raises(UserError, match=r"1000000 images \(quant\.calibrate x .* lower one of these"):
         choose_store(model, many, settings, tmp_path, free=lambda *_: Room(GIB, GIB, GIB))
 
 

@@ -222,9 +222,9 @@ def test_merged_units_that_get_worse_are_taken_back_whole():
 @pytest.mark.parametrize(
     ("granularity", "merge", "words"),
     [
-        ("block", ["layer9.0"], "layer9.0 is no unit"),
+        ("block", ["layer2.7"], "layer2.7 is no unit; nearest are layer2.0, layer2.1,"),
         ("block", ["stem"], "stem cannot be merged"),
-        ("layer", ["layer1.0.conv2"], "layer1.0.conv2 cannot be merged"),
+        ("layer", ["layer1.0.join"], "layer1.0.join cannot be merged"),
     ],
 )
 def test_units_that_cannot_be_merged_are_named(granularity, merge, words):

@@ -92,7 +92,7 @@ def merge_units(units: list[Unit], merged: Collection[str]) -> list[Unit]:
         found.append(Unit(f"{before.name}+{unit.name}", module))
     unknown = sorted(set(merged) - {unit.name for unit in units})
     if unknown:
-        raise ValueError(f"{unknown[0]} is no unit; units are {', '.join(unit.name for unit in units)}")
+        raise ValueError(f"{unknown[0]} is no unit; nearest are {nearest_names(unknown[0], units)}")
     return found
 
 
@@ -202,10 +202,8 @@ class QuantResNet(nn.Module):
         every = [*self.units("block"), *self.units("layer")]
         units = [unit for unit in every if fnmatchcase(unit.name, override.match)]
         if not units:
-            nearest = sorted(
-                (unit.name for unit in every), key=lambda n: -_common_start(n, override.match)
-            )[:3]
-            raise ValueError(f"{override.match} fits no unit or layer; nearest are {', '.join(nearest)}")
+            nearest = nearest_names(override.match, every)
+            raise ValueError(f"{override.match} fits no unit or layer; nearest are {nearest}")
         found: list[tuple[FakeQuantize, int]] = []
         for role, bits in ((Role.WEIGHT, override.w_bit), (Role.ACTIVATION, override.a_bit)):
             if bits is None:
@@ -253,6 +251,11 @@ class QuantResNet(nn.Module):
             assert isinstance(block, QuantResidualBlock)
             middle += block.layer_units(name) if granularity == "layer" else [Unit(name, block)]
         return merge_units([stem, *middle, classifier], merged)
+
+
+def nearest_names(wanted: str, units: list[Unit]) -> str:
+    """The names of the three units that begin most like what was wanted."""
+    return ", ".join(sorted((unit.name for unit in units), key=lambda n: -_common_start(n, wanted))[:3])
 
 
 def _common_start(first: str, second: str) -> int:
