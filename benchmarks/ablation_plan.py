@@ -11,14 +11,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from easydict import EasyDict
 
 from calibquant.errors import UserError, printable
 from calibquant.paths import expand
 from calibquant.solver.config import KEYS, check_config, load_config, lookup, plain
-from calibquant.solver.imagenet_util import content_hash
+from calibquant.solver.imagenet_util import content_hash, drawn
 from calibquant.solver.rank_sets import ImageSet, find_set
 from calibquant.solver.resume import HARMLESS
 
@@ -207,12 +206,9 @@ def unique(values: Sequence[Any], option: str) -> list[Any]:
     return list(values)
 
 
-def drawn(one: ImageSet, count: int, seed: int) -> ImageSet:
-    """The images that `quant.calibrate` takes of a set, drawn as ``load_calibration`` does."""
-    if count >= len(one.paths):
-        return one
-    order = torch.randperm(len(one.paths), generator=torch.Generator().manual_seed(seed))
-    chosen = order[:count].sort().values.tolist()
+def taken(one: ImageSet, count: int, seed: int) -> ImageSet:
+    """The images that `quant.calibrate` takes of a set."""
+    chosen = drawn(len(one.paths), count, seed)
     return ImageSet(one.given, [one.paths[i] for i in chosen], [one.names[i] for i in chosen])
 
 
@@ -239,7 +235,7 @@ def plan(
     ):
         shared = {**overrides, **widths, "process.seed": seed}
         config = variant_config(raw, variant, shared, f"{width} {variant.name}")
-        images = drawn(whole, config.quant.calibrate, seed)
+        images = taken(whole, config.quant.calibrate, seed)
         same = tuple(images.paths)
         digests[same] = digests.get(same) or content_hash(images.paths, images.names)
         yield Point(width, variant.name, name, seed, config, images, digests[same])

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from benchmarks import ablation, ablation_runs
-from benchmarks.ablation_plan import drawn, parse_variant
+from benchmarks.ablation_plan import PRESETS, edited, parse_variant, taken
 from benchmarks.ablation_report import SetEffect, plot_sets, sets_table
 from benchmarks.ablation_statistics import paired_difference, pooled, rank_correlation, spread
 from benchmarks.compare_to_float import compare
 from calibquant.errors import UserError
 from calibquant.solver import main_imagenet
 from calibquant.solver.checkpoint import load_checkpoint
-from calibquant.solver.config import load_config
+from calibquant.solver.config import load_config, plain
 from calibquant.solver.imagenet_util import load_calibration
 from calibquant.solver.pipeline import float_model
 from calibquant.solver.rank_sets import find_set
@@ -26,6 +26,7 @@ from calibquant.solver.script import run_script
 from tests.small import random_float_model, small_config, some_wnids, write_images
 from tests.test_end_to_end import write_config
 
+ROOT = Path(__file__).resolve().parents[1]
 QUICK = {f"quant__{side}_qconfig__observer": "MinMaxObserver" for side in "wa"}
 VARIANTS = ("qdrop", "all_dropped,quant.equalize=0.5,quant.recon.drop_prob=0")
 SETS, SEEDS = ("list0.txt", "list1.txt", "list2.txt"), ("1", "2")
@@ -102,6 +103,14 @@ def test_a_variant_is_a_preset_a_file_or_edits(tmp_path):
 def test_what_is_no_variant_is_refused(text):
     with pytest.raises(UserError, match=r"--variants "):
         parse_variant(text)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("exp/**/qdrop.yaml")), ids=lambda path: "_".join(path.parts[-3:-1])
+)
+def test_the_preset_and_the_files_of_plain_qdrop_say_the_same(path):
+    config = plain(load_config(path.with_name("config.yaml")))
+    assert edited(config, PRESETS["qdrop"]) == plain(load_config(path))
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +219,7 @@ def test_a_run_is_that_of_main_imagenet(place, monkeypatch):
     config = load_config(place / "config0.yaml")
     config.quant.calibrate, config.quant.recon.iters = 7, 3
     assert one["sha256"] == load_calibration(config).sha256 and one["set"] == "train"
-    assert drawn(find_set(place / "imagenet/train", place), 7, 1005).names == load_calibration(config).files
+    assert taken(find_set(place / "imagenet/train", place), 7, 1005).names == load_calibration(config).files
     with start_run("train_log", config) as log, run_state("config0.yaml", fresh=True) as state:
         device = torch.device("cpu")
         saved = main_imagenet.quantize(config, device, log, state)

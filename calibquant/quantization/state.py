@@ -6,6 +6,7 @@ Each scope restores what it found on the way out, also when left by an exception
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from calibquant.quantization.drop import Drop
 from calibquant.quantization.fake_quant import FakeQuantize, Role
 from calibquant.quantization.observer import Observer
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def quantizers(module: nn.Module, role: Role | None = None) -> list[tuple[str, FakeQuantize]]:
@@ -47,14 +50,13 @@ def quantizing_only(module: nn.Module, chosen: Iterable[FakeQuantize]) -> Iterat
 
 
 @contextmanager
-def watching(viewers: Mapping[FakeQuantize, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Inside, each of the quantizers shows its input to its viewer."""
+def watching(viewers: Mapping[M, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Inside, each of the modules, quantizers or others, shows its input to its viewer."""
 
-    def show(quantizer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-        assert isinstance(quantizer, FakeQuantize)
-        viewers[quantizer](inputs[0])
+    def show(module: M, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        viewers[module](inputs[0])
 
-    hooks = [quantizer.register_forward_hook(show) for quantizer in viewers]
+    hooks = [module.register_forward_hook(show) for module in viewers]
     try:
         yield
     finally:

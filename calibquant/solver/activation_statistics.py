@@ -11,10 +11,13 @@ float64, and copies of it while it is worked with: 2.2 GB at most for 8,192.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from calibquant.quantization.state import watching
 
 Features = Callable[[Tensor, Tensor], Tensor]
 """Moments ``[n, 2, C]`` and weights ``[C]`` -> features of each image, ``[n, 2 * C]``."""
@@ -57,21 +60,16 @@ def image_moments(model: nn.Module, images: Tensor) -> Tensor:
     """
     found: dict[nn.Module, Tensor] = {}
 
-    def watch(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-        assert isinstance(norm, nn.BatchNorm2d)
+    def view(norm: nn.BatchNorm2d, x: Tensor) -> None:
         mean, var, eps = norm.running_mean, norm.running_var, norm.eps
         assert mean is not None and var is not None
-        z = F.batch_norm(inputs[0], mean, var, eps=eps)
+        z = F.batch_norm(x, mean, var, eps=eps)
         power = torch.linalg.vector_norm(z, dim=(2, 3)).square() / z[0, 0].numel()
         found[norm] = torch.stack([z.mean((2, 3)), power + eps / (var + eps)], dim=1)
 
     norms = batch_norms(model)
-    hooks = [norm.register_forward_pre_hook(watch) for norm in norms]
-    try:
+    with watching({norm: partial(view, norm) for norm in norms}):
         model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     moments = torch.cat([found[norm] for norm in norms], dim=2)
     if not moments.isfinite().all():
         raise ValueError("activations of the float network hold NaN or infinity")

@@ -19,11 +19,12 @@ def views_of(images: Tensor, count: int, seed: int) -> Tensor:
         count: views of each image.
         seed: of the crops, independent of torch's global generator.
     """
-    mirrored = [images.flip(3)] if count > 1 else []
+    if count == 1:
+        return images
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         crops = [random_crops(images) for _ in range(count - 2)]
-    return torch.cat([images, *mirrored, *crops]) if count > 1 else images
+    return torch.cat([images, images.flip(3), *crops])
 
 
 def random_crops(images: Tensor) -> Tensor:

@@ -566,11 +566,9 @@ def _check_combinations(config: EasyDict, where: str) -> None:
     if start < end:
         raise UserError(f"{where}: quant.recon.b_range is [{start:g}, {end:g}], allowed is a falling range")
     if config.quant.overrides or recon.merge:
-        try:
-            key = "quant.overrides"
-            model = quantize_model(
-                float_model_on_meta(config), config
-            )  # the structure alone, without memory
+        key = "quant.overrides"
+        try:  # the structure alone, without memory
+            model = quantize_model(float_model_on_meta(config), config)
             key = "quant.recon.merge"
             model.units(recon.granularity, recon.merge)
         except ValueError as error:

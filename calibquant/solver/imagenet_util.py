@@ -321,9 +321,7 @@ def load_calibration(config: EasyDict) -> Calibration:
     samples = list_samples(folder, class_names(data), "calibration folder")
     wanted = config.quant.calibrate
     if wanted < len(samples):
-        generator = torch.Generator().manual_seed(config.process.seed)
-        chosen = torch.randperm(len(samples), generator=generator)[:wanted].sort().values
-        samples = [samples[index] for index in chosen.tolist()]
+        samples = [samples[index] for index in drawn(len(samples), wanted, config.process.seed)]
     elif wanted > len(samples):
         logger.warning(
             "calibration folder %s holds %d images, fewer than quant.calibrate, %d: all are used",
@@ -341,6 +339,13 @@ def load_calibration(config: EasyDict) -> Calibration:
     paths = [path for path, _ in samples if path not in skipped]
     names = [str(path.relative_to(folder)) for path in paths]
     return Calibration(torch.cat(images), names, content_hash(paths, names), len(skipped))
+
+
+def drawn(total: int, wanted: int, seed: int) -> list[int]:
+    """Random places among so many, in rising order: all where no more are wanted than there are."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    places: list[int] = order[:wanted].sort().values.tolist()
+    return places
 
 
 def content_hash(paths: list[Path], names: list[str]) -> str:

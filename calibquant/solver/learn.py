@@ -116,11 +116,12 @@ def learn_unit(
     )
     table = schedule(settings).to(device)
     groups: list[dict[str, Any]] = [{"params": logits, "lr": settings.round_lr}] if logits else []
-    falling: list[tuple[Sequence[Tensor], float]] = [(qparams, settings.scale_lr)] if qparams else []
-    falling += [([scale], settings.weight_scale_lr * float(scale.mean())) for scale in scales]
-    rates = [(torch.tensor(start, device=device), start) for _, start in falling]
-    groups += [{"params": some, "lr": rate} for (some, _), (rate, _) in zip(falling, rates, strict=True)]
-    optimizer = torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
+    starts: list[tuple[Sequence[Tensor], float]] = [(qparams, settings.scale_lr)] if qparams else []
+    starts += [([scale], settings.weight_scale_lr * float(scale.mean())) for scale in scales]
+    falling: list[dict[str, Any]] = [
+        {"params": some, "lr": torch.tensor(lr, device=device), "initial_lr": lr} for some, lr in starts
+    ]
+    optimizer = torch.optim.Adam([*groups, *falling], fused=True, capturable=device.type == "cuda")
     counter = torch.zeros(1, dtype=torch.int64, device=device)
     trace = torch.zeros(settings.iters, 2, device=device)
 
@@ -131,8 +132,8 @@ def learn_unit(
         error, penalty = objective(batches.rows(counter), exponent, weight)
         (error + penalty).backward()
         peers.average([p.grad for p in learned if p.grad is not None])
-        for rate, start in rates:
-            torch.mul(factor, start, out=rate)
+        for group in falling:
+            torch.mul(factor, group["initial_lr"], out=group["lr"])
         optimizer.step()
         trace.index_copy_(0, counter, torch.stack((error.detach(), penalty.detach()))[None])
         counter.add_(1)

@@ -196,8 +196,8 @@ def set_ranges(module: nn.Module, data: UnitData, means: Means) -> None:
     Of several processes the first one's images count.
     """
     with calibrating(module):
-        for rows in image_rows(means):
-            module(*(x[rows].to(means.device, torch.float32) for x in data.quantized))
+        for inputs, _ in image_batches(data, means):
+            module(*inputs)
     means.peers.match(module)
 
 
@@ -205,17 +205,18 @@ def set_ranges(module: nn.Module, data: UnitData, means: Means) -> None:
 def output_error(module: nn.Module, data: UnitData, means: Means) -> float:
     """Error of a unit's output against its target on all images, of all processes."""
     total = 0.0
-    for rows in image_rows(means):
-        inputs = [x[rows].to(means.device, torch.float32) for x in data.quantized]
-        target = data.target[rows].to(means.device, torch.float32)
+    for inputs, target in image_batches(data, means):
         total += float(reconstruction_loss(module(*inputs), target)) * len(target)
     return means.peers.mean(total / means.images, means.images)
 
 
-def image_rows(means: Means) -> list[slice]:
-    """Batches of the images themselves, without their other views."""
+def image_batches(data: UnitData, means: Means) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """A unit's quantized inputs and its target for the images themselves, without their other views."""
     size = means.settings.batch_size
-    return [slice(start, min(start + size, means.images)) for start in range(0, means.images, size)]
+    for start in range(0, means.images, size):
+        rows = slice(start, min(start + size, means.images))
+        *inputs, target = (x[rows].to(means.device, torch.float32) for x in (*data.quantized, data.target))
+        yield inputs, target
 
 
 def learned_is_finite(module: nn.Module) -> bool:

@@ -37,6 +37,7 @@ from calibquant.solver.config import check_config, load_config, plain
 from calibquant.solver.files import write_bytes
 from calibquant.solver.imagenet_util import (
     batches,
+    drawn,
     evaluation_transform,
     load_calibration,
     make_loader,
@@ -137,10 +138,7 @@ def load_labelled(config: EasyDict, count: int) -> tuple[Tensor, Tensor]:
         UserError: folder or classes are not as they must be, or an image is unreadable.
     """
     samples = validation_loader(config).dataset.samples  # type: ignore[attr-defined]
-    generator = torch.Generator().manual_seed(config.process.seed)
-    chosen = (
-        torch.randperm(len(samples), generator=generator)[: min(count, len(samples))].sort().values.tolist()
-    )
+    chosen = drawn(len(samples), count, config.process.seed)
     loader = make_loader([samples[index] for index in chosen], evaluation_transform(config.data), config)
     images, targets = [], []
     for batch in batches(loader, "read val"):
