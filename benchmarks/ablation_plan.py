@@ -33,6 +33,7 @@ PRESETS: dict[str, Edits] = {
         "quant.recon.round_mode": "learned_hard_sigmoid",
         "quant.recon.drop_prob": 0.5,
         "quant.recon.granularity": "block",
+        "quant.recon.compensate": False,
         "quant.recon.ranges": "float",
         "quant.recon.weight_scale_lr": 0.0,
         "quant.recon.merge": [],

@@ -96,6 +96,17 @@ def merge_units(units: list[Unit], merged: Collection[str]) -> list[Unit]:
     return found
 
 
+def layer_units(unit: Unit) -> list[Unit]:
+    """A unit as units of one layer each, in dataflow order."""
+    found: list[Unit] = []
+    for part in unit.parts:
+        if isinstance(part, QuantResidualBlock):
+            found += part.layer_units(unit.name)
+        else:
+            found.append(Unit(unit.name, part, unit.reads, unit.writes))
+    return found
+
+
 class QuantStem(nn.Module):
     """First convolution, ReLU, pooling and quantizer.
 

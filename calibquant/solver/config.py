@@ -276,6 +276,12 @@ KEYS: list[Key] = [
         "torch.compile for the steps where it pays, always or never; needs a C++ compiler, on a GPU Triton",
     ),
     Key(
+        "quant.recon.compensate",
+        RECON["compensate"],
+        BOOLEAN,
+        "before learning, a unit's weights are rounded to make up for each other's errors (GPTQ)",
+    ),
+    Key(
         "quant.recon.ranges",
         RECON["ranges"],
         choice("float", "quantized"),

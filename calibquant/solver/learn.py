@@ -55,6 +55,7 @@ class ReconSettings:
     precision: str = "tf32"
     cache: str = "fp16"
     compile: str = "auto"
+    compensate: bool = False
     weight_scale_lr: float = 0.0
     ranges: str = "float"
     merge: tuple[str, ...] = ()

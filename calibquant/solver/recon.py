@@ -22,6 +22,7 @@ from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
 from calibquant.quantization.state import calibrating, full_precision
 from calibquant.solver.augment import views_of
 from calibquant.solver.caches import CACHE_TYPES, Activations, Store, UnitData, live_names, run_batched
+from calibquant.solver.compensate import compensate
 from calibquant.solver.learn import (
     Engine,
     Progress,
@@ -38,16 +39,17 @@ class UnitResult:
     """What reconstruction did to one unit.
 
     Attributes:
-        error_before, error_after: squared error of the unit's output against the float network's,
-            summed over channels and averaged over the rest, on all calibration images: with
-            calibrated ranges and nearest rounding, and hardened.
+        error_before, error_start, error_after: squared error of the unit's output against the float
+            network's, summed over channels and averaged over the rest, on all calibration images: with
+            calibrated ranges and nearest rounding, when learning began, and hardened.
         unconverged: share of weights whose soft rounding was not yet near 0 or 1 at the end.
         rounded_away: share of weights that did not go to their nearest grid point.
-        reverted: learning made the unit worse or diverged, so that it was kept as calibrated.
+        reverted: learning made the unit worse or diverged, so that it was kept as it was before.
     """
 
     name: str
     error_before: float
+    error_start: float
     error_after: float = math.nan
     seconds: float = 0.0
     unconverged: float = 0.0
@@ -169,25 +171,38 @@ def unit_data(unit: Unit, activations: Activations, means: Means) -> UnitData:
 
 
 def reconstruct_unit(unit: Unit, data: UnitData, means: Means, generator: torch.Generator) -> UnitResult:
-    """Learn and harden one unit; where that is no better than its calibrated state, harden that."""
-    if means.settings.ranges == "quantized":
+    """Learn and harden one unit, each step of it taken back where it makes the unit's error larger."""
+    settings = means.settings
+    if settings.ranges == "quantized":
         set_ranges(unit.module, data, means)
-    before = output_error(unit.module, data, means)
-    calibrated = copy.deepcopy(unit.parts)
-    result = UnitResult(unit.name, before, error_after=math.inf)
+    before = start = output_error(unit.module, data, means)
+    kept = copy.deepcopy(unit.parts)
+    if settings.compensate:
+        compensate(unit, data, settings.batch_size, settings.drop_prob, generator, means.peers)
+        start = output_error(unit.module, data, means)
+        if not start <= before:  # NaN is worse, too
+            take_back(unit, kept)
+            start = before
+        kept = copy.deepcopy(unit.parts)
+    result = UnitResult(unit.name, before, start, error_after=math.inf)
     result.trace, result.unconverged = learn_unit(
-        unit, data, means.settings, generator, means.progress, means.engine, means.peers
+        unit, data, settings, generator, means.progress, means.engine, means.peers
     )
     if learned_is_finite(unit.module):
         result.rounded_away = rounded_away(unit.module)
         harden(unit.module)
         result.error_after = output_error(unit.module, data, means)
-    if not result.error_after <= before:  # NaN is worse, too
-        for part, before_learning in zip(unit.parts, calibrated, strict=True):
-            vars(part).update(vars(before_learning))  # all of its state, taken back
+    if not result.error_after <= start:
+        take_back(unit, kept)
         harden(unit.module)
-        result.error_after, result.rounded_away, result.reverted = before, 0.0, True
+        result.error_after, result.rounded_away, result.reverted = start, 0.0, True
     return result
+
+
+def take_back(unit: Unit, kept: list[nn.Module]) -> None:
+    """Put all of a unit's state back to that of copies of its parts, which must not be used again."""
+    for part, before in zip(unit.parts, kept, strict=True):
+        vars(part).update(vars(before))
 
 
 def set_ranges(module: nn.Module, data: UnitData, means: Means) -> None:

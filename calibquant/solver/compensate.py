@@ -1,0 +1,145 @@
+"""Before a unit learns: its weights, layer by layer, rounded so that they make up for each other's errors.
+
+The arithmetic stands in `quantization/compensation.py`; here are the inputs that it takes, which come from
+the unit's own data.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from calibquant.model.quant_layer import QuantConv2d, QuantLayer, layers
+from calibquant.model.quant_resnet import Unit, layer_units
+from calibquant.quantization.compensation import Moments, WeightGrid, added_error, beside, compensated_steps
+from calibquant.quantization.fake_quant import FakeQuantize
+from calibquant.quantization.state import full_precision, watching
+from calibquant.solver.caches import Store, UnitData, run_batched
+from calibquant.solver.peers import Peers
+
+SAMPLES = 16
+"""Places sampled of a layer's input, for each of the inputs to one output."""
+IMAGES, PLACES = 256, 2**16
+"""Images that are looked at, or more where all of their outputs have fewer places than these."""
+HELD_OUT = 4
+"""One batch of so many is kept back, to choose the damping by."""
+DAMPINGS = (10.0, 1.0, 0.1, 0.01)
+"""Dampings that are tried, in this order, until one serves the images held out worse."""
+
+
+@torch.no_grad()
+def compensate(
+    unit: Unit, data: UnitData, batch: int, drop_prob: float, generator: torch.Generator, peers: Peers
+) -> None:
+    """Replace a unit's weights, in dataflow order, by ones near the grid points that serve it together.
+
+    Each layer's inputs are those that come through the quantized layers before it.
+
+    Args:
+        batch: images run at once.
+        drop_prob: chance that an input stays quantized, as while learning (QDrop). What is fitted to
+            noise alone shrinks: at 1 the network's logits come out too small.
+        generator: on the device to work on; draws images and places.
+        peers: processes whose moments are averaged.
+    """
+    device = generator.device
+    rows = some_images(data.target, generator).to(data.target.device)
+    store = Store(data.target.device, data.target.dtype)
+    full = {name: x[rows] for name, x in zip(unit.reads, data.full, strict=True)}
+    quantized = {name: x[rows] for name, x in zip(unit.reads, data.quantized, strict=True)}
+    for part in layer_units(unit):
+        here, there = ([flow[name] for name in part.reads] for flow in (full, quantized))
+        ((_, layer),) = layers(part.module)
+        with full_precision(part.module):
+            learned, held_out = input_moments(part, layer, here, there, batch, drop_prob, generator)
+            full[part.writes] = run_batched(part.module, here, batch, device, store)
+        for moments in (learned, held_out):
+            peers.average([moments.second, moments.cross])
+        compensate_layer(layer, learned, held_out)
+        quantized[part.writes] = run_batched(part.module, there, batch, device, store)
+
+
+def some_images(target: Tensor, generator: torch.Generator) -> Tensor:
+    """Row indices of the images that are looked at: all of them, or enough drawn at random."""
+    places = target[0, 0].numel()
+    count = max(IMAGES, PLACES // places)
+    return torch.randperm(len(target), generator=generator, device=generator.device)[:count]
+
+
+def input_moments(
+    part: Unit,
+    layer: QuantLayer,
+    full: list[Tensor],
+    quantized: list[Tensor],
+    batch: int,
+    drop_prob: float,
+    generator: torch.Generator,
+) -> tuple[Moments, Moments]:
+    """Moments of what the part's layer is given, at places drawn at random.
+
+    Returns:
+        Those of most images, and those of the images held out; of few batches both times the same.
+    """
+    device, total = generator.device, len(full[0])
+    groups, size = groups_of(layer), layer.weight[0].numel()
+    wanted = math.ceil(SAMPLES * size * batch / total)
+    sums = torch.zeros(2, 2, groups, size, size, device=device)
+    counts, seen = [0, 0], list[Tensor]()
+    with watching({layer: seen.append}):
+        for number, start in enumerate(range(0, total, batch)):
+            for inputs in (full, quantized):
+                part.module(*(x[start : start + batch].to(device, torch.float32) for x in inputs))
+            read = [windows(layer, x) for x in seen]
+            seen.clear()
+            shape = read[0].shape[:-3]
+            drawn = torch.randperm(shape.numel(), generator=generator, device=device)[:wanted]
+            at = torch.unravel_index(drawn, shape)
+            a, b = (w[at].reshape(len(drawn), groups, size).transpose(0, 1) for w in read)
+            stays = torch.rand(b.shape, generator=generator, device=device) < drop_prob
+            b = torch.where(stays, b, a)
+            kept_back = int(number % HELD_OUT == HELD_OUT - 1)
+            sums[kept_back] += torch.stack((b.mT @ b, (a - b).mT @ b))
+            counts[kept_back] += len(drawn)
+    if not counts[1]:
+        sums[1], counts[1] = sums[0], counts[0]
+    learned, held_out = (Moments(*(some / count)) for some, count in zip(sums, counts, strict=True))
+    return learned, held_out
+
+
+def groups_of(layer: QuantLayer) -> int:
+    """Groups of a convolution's channels; 1 for any other layer."""
+    return layer.groups if isinstance(layer, QuantConv2d) else 1
+
+
+def windows(layer: QuantLayer, x: Tensor) -> Tensor:
+    """A view of a layer's input by what each output reads: ``[..., C, kh, kw]``, before that the places."""
+    if not isinstance(layer, QuantConv2d):
+        return x[..., None, None]
+    (down, right), (height, width) = layer.padding, layer.weight.shape[2:]
+    padded = F.pad(x, (right, right, down, down))
+    found = padded.unfold(2, height, layer.stride[0]).unfold(3, width, layer.stride[1])
+    return found.permute(0, 2, 3, 1, 4, 5)
+
+
+def compensate_layer(layer: QuantLayer, learned: Moments, held_out: Moments) -> None:
+    """Replace one layer's weight, with the damping that serves the images held out best.
+
+    Nothing changes where nearest rounding serves them better.
+    """
+    quantizer = layer.weight_quantizer
+    assert isinstance(quantizer, FakeQuantize)
+    groups = groups_of(layer)
+    weight = layer.weight.reshape(groups, layer.weight.shape[0] // groups, -1)
+    scale, zero_point = (p.view(groups, -1, 1) if p.numel() > 1 else p for p in quantizer.hard_qparams())
+    grid = WeightGrid(scale, zero_point, quantizer.quant_min, quantizer.quant_max)
+    nearest = added_error(weight, grid.steps(weight) * scale, held_out)
+    least, best = math.inf, None
+    for damping in DAMPINGS:
+        found = compensated_steps(weight, learned, damping, grid)
+        error = math.inf if found is None else added_error(weight, found[1] * scale, held_out)
+        if not error < least:
+            break
+        least, best = error, found
+    if best is not None and least < nearest:
+        layer.weight.copy_(beside(*best, grid).view_as(layer.weight))

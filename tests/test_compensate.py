@@ -1,0 +1,283 @@
+"""Compensated rounding: against least squares and brute force, and what it does for whole units."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from calibquant.model.quant_layer import QuantConv2d, QuantLinear, layers
+from calibquant.model.quant_resnet import layer_units
+from calibquant.quantization.compensation import (
+    FARTHEST,
+    NEAREST,
+    Moments,
+    WeightGrid,
+    added_error,
+    beside,
+    compensated_steps,
+    damped,
+    fit_to_inputs,
+)
+from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
+from calibquant.quantization.state import full_precision
+from calibquant.solver import compensate as compensate_module
+from calibquant.solver.caches import UnitData
+from calibquant.solver.compensate import compensate, groups_of, some_images, windows
+from calibquant.solver.peers import Peers
+from calibquant.solver.pipeline import recon_settings
+from calibquant.solver.recon import reconstruct
+from tests.small import calibrated_model, small_config
+from tests.test_quant_resnet import BOTH_BLOCKS, calibrated, images
+
+
+def correlated(rows: int, inputs: int, seed: int = 0) -> Tensor:
+    """Inputs ``[rows, inputs]`` of which each is much like the others, at unlike scales."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(inputs, inputs, generator=generator) + 2
+    scales = torch.exp(torch.randn(inputs, generator=generator))
+    return torch.randn(rows, inputs, generator=generator) @ mixing * scales
+
+
+def second_moment(b: Tensor) -> Tensor:
+    return (b.T @ b / len(b))[None]
+
+
+def loss(weight: Tensor, rounded: Tensor, b: Tensor) -> float:
+    return float(((b @ (weight - rounded).T) ** 2).mean())
+
+
+SCALE = torch.tensor([0.25])
+GRID = WeightGrid(SCALE, torch.tensor([8.0]), 0, 15)
+
+
+def weight(outputs: int, inputs: int, seed: int = 1) -> Tensor:
+    return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)) * 0.5
+
+
+def nearest(w: Tensor) -> Tensor:
+    return GRID.steps(w) * SCALE
+
+
+def compensated(w: Tensor, second: Tensor, damping: float, cross: Tensor | None = None) -> Tensor:
+    """The rounded weight, ``[O, K]``, by default for inputs that are as in the float network."""
+    moments = Moments(second, torch.zeros_like(second) if cross is None else cross)
+    found = compensated_steps(w[None], moments, damping, GRID)
+    assert found is not None
+    return found[1][0] * SCALE
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rounding_lies_between_nearest_and_the_best_there_is(seed):
+    b, w = correlated(200, 4, seed), weight(1, 4, seed)
+    mine = loss(w, compensated(w, second_moment(b), 1e-4), b)
+    every = torch.cartesian_prod(*[torch.arange(-8.0, 8.0)] * 4) * SCALE
+    best = float((((w - every) @ b.T) ** 2).mean(1).min())
+    assert best * 0.999 <= mine <= loss(w, nearest(w), b) * 1.001
+
+
+def test_rounding_is_far_better_than_nearest_where_inputs_are_correlated():
+    b, w = correlated(2000, 40), weight(20, 40)
+    assert loss(w, compensated(w, second_moment(b), 1e-3), b) < 0.1 * loss(w, nearest(w), b)
+
+
+def test_each_rounding_leaves_to_the_rest_what_least_squares_would():
+    """The same by solving for the remaining weights anew after each column: the definition itself."""
+    b, w, damping = correlated(300, 9), weight(5, 9), 0.05
+    second = second_moment(b)[0].double()
+    regular = second + damping * second.diagonal().mean() * torch.eye(9, dtype=torch.float64)
+    left, fixed = w.double().clone(), torch.zeros(5, 9, dtype=torch.float64)
+    order = second.diagonal().argsort(descending=True).tolist()
+    for place, column in enumerate(order):
+        fixed[:, column] = (left[:, column] / 0.25).round().clamp(-8, 7) * 0.25
+        rest = order[place + 1 :]
+        if rest:  # the change of the rest that makes up best for the change of this column
+            moved = (left[:, column] - fixed[:, column])[:, None]
+            left[:, rest] += moved * torch.linalg.solve(regular[rest][:, rest], regular[rest, column])
+    torch.testing.assert_close(compensated(w, second_moment(b), damping), fixed.float())
+
+
+def test_many_columns_are_passed_on_in_blocks_as_one_by_one(monkeypatch):
+    b, w = correlated(900, 50), weight(4, 50)
+    found = []
+    for block in (7, 1000):
+        monkeypatch.setattr("calibquant.quantization.compensation.BLOCK", block)
+        found.append(compensated(w, second_moment(b), 0.1))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("second", [torch.eye(12), torch.zeros(12, 12)], ids=["uncorrelated", "dead"])
+def test_inputs_that_tell_nothing_of_each_other_leave_nearest_rounding(second):
+    w = weight(7, 12)
+    assert torch.equal(compensated(w, second[None], 0.3), nearest(w))
+
+
+def test_moments_that_are_no_numbers_round_nothing():
+    moments = Moments(torch.full((1, 4, 4), torch.nan), torch.zeros(1, 4, 4))
+    assert compensated_steps(weight(3, 4)[None], moments, 0.1, GRID) is None
+
+
+def test_a_weight_is_fitted_as_ridge_regression_does():
+    a, w, damping = correlated(300, 8), weight(5, 8), 0.2
+    b = (a / 2).round() * 2
+    second, cross = second_moment(b), ((a - b).T @ b / len(b))[None]
+    ridge = (damping * second[0].diagonal().mean() * len(b)).sqrt() * torch.eye(8)
+    stacked, wanted = torch.cat([b, ridge]), torch.cat([a @ w.T, ridge @ w.T])
+    expected = torch.linalg.lstsq(stacked.double(), wanted.double()).solution.T.float()
+    factor = torch.linalg.cholesky(damped(second, damping))
+    torch.testing.assert_close(fit_to_inputs(w[None], cross, factor)[0], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_fitted_weight_s_error_is_what_the_inputs_themselves_say():
+    a, w, other = correlated(300, 8), weight(5, 8), weight(5, 8, 9)
+    b = (a / 2).round() * 2
+    moments = Moments(second_moment(b), ((a - b).T @ b / len(b))[None])
+    expected = ((a @ w.T - b @ other.T) ** 2).sum(1).mean() - ((a @ w.T - b @ w.T) ** 2).sum(1).mean()
+    assert added_error(w[None], other[None], moments) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_groups_are_each_their_own_matter():
+    b = torch.stack([correlated(300, 6, seed) for seed in (0, 1)])
+    w = torch.stack([weight(3, 6, seed) for seed in (2, 3)])
+    second = b.mT @ b / 300
+    together = compensated_steps(w, Moments(second, 0.1 * second), 0.1, GRID)
+    assert together is not None
+    for g in range(2):
+        alone = compensated(w[g], second[g : g + 1], 0.1, 0.1 * second[g : g + 1])
+        torch.testing.assert_close(together[1][g] * SCALE, alone)
+
+
+def test_a_weight_waits_beside_its_grid_point_and_inside_the_grid():
+    before = torch.linspace(-12, 12, 901)
+    after = before.round().clamp(-8, 7)
+    waits = beside(before, after, GRID) / SCALE
+    assert torch.equal(waits.round(), after)
+    apart = (waits - after).abs()
+    assert float(apart.min()) > NEAREST - 1e-4 and float(apart.max()) < FARTHEST + 1e-4
+    assert float(waits.min()) > -8 and float(waits.max()) < 7
+    inner = (after > -8) & (after < 7) & ((before - after).abs() > 1e-3)
+    assert bool((((waits - after) * (before - after)) > 0)[inner].all())
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding", "kernel", "groups"), [(1, 1, 3, 1), (2, 0, 1, 1), (2, 3, 7, 1), (2, 1, 3, 3)]
+)
+def test_windows_are_what_a_convolution_reads(stride, padding, kernel, groups):
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(6, 9, kernel, stride, padding, groups=groups)
+    layer = QuantConv2d(convolution, torch.nn.BatchNorm2d(9).eval(), None)
+    x = torch.randn(2, 6, 11, 8)
+    read = windows(layer, x)
+    b = read.reshape(*read.shape[:3], groups_of(layer), -1)
+    by_group = layer.weight.reshape(groups, 9 // groups, -1)
+    mine = torch.einsum("nhwgk,gok->nhwgo", b, by_group).flatten(3).movedim(3, 1)
+    theirs = F.conv2d(x, layer.weight, None, stride, padding, 1, groups)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_linear_layer_reads_all_of_its_input():
+    layer = QuantLinear(torch.nn.Linear(5, 3), None)
+    assert windows(layer, torch.randn(4, 5)).shape == (4, 5, 1, 1)
+
+
+def test_few_images_are_all_looked_at_and_many_only_where_maps_are_small(monkeypatch):
+    monkeypatch.setattr(compensate_module, "IMAGES", 5)
+    monkeypatch.setattr(compensate_module, "PLACES", 64)
+    draw = torch.Generator().manual_seed(0)
+    assert sorted(some_images(torch.zeros(4, 2, 9, 9), draw).tolist()) == [0, 1, 2, 3]
+    assert len(set(some_images(torch.zeros(50, 2, 9, 9), draw).tolist())) == 5
+    assert len(set(some_images(torch.zeros(50, 2, 2, 2), draw).tolist())) == 16
+    assert len(some_images(torch.zeros(50, 2), draw)) == 50
+
+
+def blocks(bottleneck: bool):
+    """Units of a calibrated network with what each is given: quantized inputs, float inputs, target."""
+    model, x = calibrated(bottleneck), images()
+    quantized = full = x
+    with torch.no_grad():
+        for unit in model.units("block"):
+            with full_precision(unit.module):
+                target = unit.module(full)
+            yield unit, UnitData([quantized], [full], target)
+            quantized, full = unit.module(quantized), target
+
+
+@BOTH_BLOCKS
+def test_a_unit_s_layers_run_one_after_the_other_are_the_unit(bottleneck):
+    for unit, data in blocks(bottleneck):
+        values = {"x": data.quantized[0]}
+        with torch.no_grad():
+            for part in layer_units(unit):
+                ((_, _layer),) = layers(part.module)
+                values[part.writes] = part.module(*(values[name] for name in part.reads))
+            torch.testing.assert_close(values["x"], unit.module(data.quantized[0]))
+
+
+@BOTH_BLOCKS
+def test_every_weight_waits_beside_its_grid_point_and_learning_starts_there(bottleneck):
+    moved = 0
+    for unit, data in blocks(bottleneck):
+        before = [layer.weight.clone() for _, layer in layers(unit.module)]
+        compensate(unit, data, 4, 0.5, torch.Generator().manual_seed(0), Peers())
+        for (_, layer), old in zip(layers(unit.module), before, strict=True):
+            if torch.equal(layer.weight, old):
+                continue  # nearest rounding served it better
+            moved += 1
+            quantizer = layer.weight_quantizer
+            assert isinstance(quantizer, FakeQuantize)
+            scale, zero_point = quantizer.hard_qparams(layer.weight.ndim)
+            codes = quantizer.codes(layer.weight)
+            apart = (layer.weight / scale + zero_point - codes).abs()
+            assert float(apart.max()) < FARTHEST + 1e-3 and float(apart.min()) > NEAREST - 1e-3
+            if hasattr(quantizer, "start_rounding"):
+                quantizer.start_rounding(layer.weight)
+                assert torch.equal(quantizer.codes(layer.weight), codes)
+    assert moved > 3
+
+
+def run(**changes):
+    config = small_config(quant__w_qconfig__bit=2, **changes)
+    x = torch.randn(13, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    model = calibrated_model(config, x)
+    return model, list(reconstruct(model, x, recon_settings(config), seed=7))
+
+
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+@pytest.mark.parametrize("quantizer", ["AdaRoundFakeQuantize", "FixedFakeQuantize", "LSQFakeQuantize"])
+def test_a_network_is_far_better_before_anything_is_learned(granularity, quantizer):
+    changes = dict(
+        quant__recon__iters=0,
+        quant__recon__granularity=granularity,
+        quant__w_qconfig__quantizer=quantizer,
+    )
+    _, plain = run(**changes)
+    model, found = run(quant__recon__compensate=True, **changes)
+    for result in found:
+        assert result.error_after == pytest.approx(result.error_start)
+        assert result.error_start <= result.error_before
+    assert found[-1].error_after < 0.5 * plain[-1].error_after
+    assert all(isinstance(layer.weight_quantizer, IntegerWeight) for _, layer in layers(model))
+
+
+def test_learning_goes_on_from_there():
+    _, found = run(quant__recon__compensate=True, quant__recon__iters=60)
+    assert all(result.error_after <= result.error_start <= result.error_before for result in found)
+    assert sum(result.error_after < result.error_start for result in found) > len(found) / 2
+
+
+def test_the_same_seed_gives_the_same_network():
+    (first, _), (again, _) = (run(quant__recon__compensate=True, quant__recon__iters=3) for _ in range(2))
+    for (name, a), (_, b) in zip(first.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_what_makes_a_unit_worse_is_taken_back(monkeypatch):
+    def spoil(unit, *_):
+        for _, layer in layers(unit.module):
+            layer.weight.neg_()
+
+    plain, _ = run(quant__recon__iters=0)
+    monkeypatch.setattr("calibquant.solver.recon.compensate", spoil)
+    kept, results = run(quant__recon__iters=0, quant__recon__compensate=True)
+    assert all(result.error_start == result.error_before for result in results)
+    for (name, a), (_, b) in zip(plain.state_dict().items(), kept.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
