@@ -40,7 +40,9 @@ PRESETS: dict[str, Edits] = {
         "quant.recon.views": 1,
     },
 }
-"""Variants that need no edits: the config as it is, and what it has beyond QDrop (ICLR 2022) taken off."""
+"""Variants that need no edits: the config as it is, and what it has beyond QDrop (ICLR 2022) taken off.
+
+Learning rates stay the config's; ``qdrop=exp/.../qdrop.yaml`` takes QDrop's own."""
 MAY_DIFFER = re.compile(r"quant\.|data\.augment$")
 """Keys that variants may edit: others settle the float network, or the images that all are scored on."""
 NOT_THE_RESULT = ("model.path", "data.path", "data.calibration", *HARMLESS)

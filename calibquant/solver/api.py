@@ -84,7 +84,7 @@ def quantize(
         for result in reconstruct(network, images, settings, checked.process.seed, engine=engine):
             logger.info("unit %s: error %.5g -> %.5g", result.name, result.error_before, result.error_after)
             if result.reverted:
-                logger.warning("unit %s: learning made it no better, kept as calibrated", result.name)
+                logger.warning("unit %s: learning made it no better, kept as it was before", result.name)
     metadata = {
         "seed": checked.process.seed,
         "versions": versions(),

@@ -13,6 +13,7 @@ from calibquant.errors import UserError
 from calibquant.model.quant_resnet import QuantResNet
 from calibquant.quantization.state import quantizer_inputs
 from calibquant.solver.caches import CACHE_TYPES, FileStore, Store, live_names
+from calibquant.solver.compensate import number_of_images
 from calibquant.solver.learn import ReconSettings
 
 logger = logging.getLogger("calibquant")
@@ -66,11 +67,15 @@ def estimate(model: QuantResNet, image: Tensor, count: int, settings: ReconSetti
         out = unit.module(*inputs)
         target = out.numel() * size
         over = unit.writes in unit.reads and out.shape == here[unit.writes].shape and index > 0
-        caches = max(caches, sum(stored.values()) + target + (0 if over else target))
+        carried = count * (sum(stored.values()) + target + (0 if over else target))
+        if settings.compensate:  # inputs, and what stands between a unit's layers, of both networks
+            seen = number_of_images(count, out[0, 0].numel())
+            carried += seen * 2 * size * (elements + out.numel())
+        caches = max(caches, carried)
         here[unit.writes], stored[unit.writes] = out, 2 * target
         still_read = live_names(units[index + 1 :])
         stored = {name: bytes_ for name, bytes_ in stored.items() if name in still_read}
-    return Need(caches * count, step)
+    return Need(caches, step)
 
 
 def room(device: torch.device, folder: Path) -> Room:

@@ -158,7 +158,7 @@ def reconstruct_and_report(
             100 * result.unconverged,
         )
         if result.reverted:
-            logger.warning("unit %s: learning made it no better, kept as calibrated", result.name)
+            logger.warning("unit %s: learning made it no better, kept as it was before", result.name)
         results.append(asdict(result) | peak_memory())
         run.record(units=results)
 
