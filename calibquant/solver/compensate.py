@@ -134,9 +134,9 @@ def match_inputs(layer: QuantLinear, full: Tensor, quantized: Tensor, peers: Pee
     """Fold into a layer what gives each of its inputs the mean and the spread that it has in float.
 
     Each layer that was fitted to noisy inputs gives a little less than the float one, as every regression
-    does; at the end of a deep network pooled features are a tenth too small, and predictions too unsure. A
-    regression would make them smaller still, so that here moments are matched, as by batch norm's
-    statistics taken anew (Sun et al., 2019).
+    does: at the end of a real ResNet-50 pooled features were a tenth too small, and predictions too unsure.
+    Another regression would make them smaller still, so that here moments are matched, as by taking batch
+    norm's statistics anew after quantization.
 
     Args:
         full, quantized: inputs ``[N, K]`` of the layer in both networks.
