@@ -51,7 +51,7 @@ class Result:
 
     Attributes:
         float_top1: of the float network, in percent.
-        reverted: units that learning made no better, kept as calibrated.
+        reverted: units that learning made no better, kept as before it.
         seconds: by stage.
         range_only, reconstructed: the network before and after reconstruction.
     """

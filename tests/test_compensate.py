@@ -24,10 +24,8 @@ from calibquant.solver import compensate as compensate_module
 from calibquant.solver.caches import UnitData
 from calibquant.solver.compensate import compensate, groups_of, match_inputs, some_images, windows
 from calibquant.solver.peers import Peers
-from calibquant.solver.pipeline import recon_settings
-from calibquant.solver.recon import reconstruct
-from tests.small import calibrated_model, small_config
 from tests.test_quant_resnet import BOTH_BLOCKS, calibrated, images
+from tests.test_recon import run
 
 
 def correlated(rows: int, inputs: int, seed: int = 0) -> Tensor:
@@ -256,13 +254,6 @@ def test_every_weight_waits_beside_its_grid_point_and_learning_starts_there(bott
                 quantizer.start_rounding(layer.weight)
                 assert torch.equal(quantizer.codes(layer.weight), codes)
     assert moved > 3
-
-
-def run(**changes):
-    config = small_config(quant__w_qconfig__bit=2, **changes)
-    x = torch.randn(13, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    model = calibrated_model(config, x)
-    return model, list(reconstruct(model, x, recon_settings(config), seed=7))
 
 
 @pytest.mark.parametrize("granularity", ["block", "layer"])

@@ -95,7 +95,7 @@ def two(tmp_path_factory):
     """What two processes found."""
     folder = tmp_path_factory.mktemp("two")
     mp.spawn(one_of_two, (folder,), nprocs=2)
-    return [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
 
 
 def test_two_processes_that_see_all_images_together_learn_what_one_learns(two):

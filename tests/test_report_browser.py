@@ -60,7 +60,7 @@ def test_a_report_is_whole_and_readable_in_light_and_dark_on_a_desk_and_on_a_pho
             for words in (
                 "68.25 %",
                 "1.50 MB",
-                "kept as calibrated",
+                "kept as before",
                 "layer2.3.conv2",
                 "12 of 12 are shown",
             ):

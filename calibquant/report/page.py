@@ -71,7 +71,7 @@ def notes(run: Run) -> str:
         found.append("This run did not finish, or its result was not scored.")
     reverted = [unit.name for unit in run.units if unit.reverted]
     if reverted:
-        found.append(f"Learning made these units no better, kept as calibrated: {', '.join(reverted)}.")
+        found.append(f"Learning made these units no better, kept as before: {', '.join(reverted)}.")
     strange = [unit.name for unit in run.units if not math.isfinite(unit.after)]
     if strange:
         found.append(f"The error of these units is no finite number: {', '.join(strange)}.")
@@ -121,7 +121,7 @@ def units(run: Run) -> str:
     memory = [([unit.memory for unit in rows], "after", 0.0)]
     errors = [("ring", "before", "ranges only, nearest rounding"), ("dot", "after", "reconstructed")]
     if any(unit.reverted for unit in rows):
-        errors.append(("dot", "warn", "reverted, kept as calibrated"))
+        errors.append(("dot", "warn", "reverted, kept as before"))
     shares = keys(("dot", "after", "rounded away from nearest"), ("dot", "before", "unconverged"))
     charts = [
         figure("Error before and after", "logarithmic", plots.error_chart, rows, legend=keys(*errors)),

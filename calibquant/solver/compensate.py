@@ -5,6 +5,7 @@ the unit's own data.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -51,22 +52,25 @@ def compensate(
     store = Store(data.target.device, data.target.dtype)
     full = {name: x[rows] for name, x in zip(unit.reads, data.full, strict=True)}
     quantized = {name: x[rows] for name, x in zip(unit.reads, data.quantized, strict=True)}
-    for part in layer_units(unit):
+    parts = layer_units(unit)
+    for part in parts:
         here, there = ([flow[name] for name in part.reads] for flow in (full, quantized))
         ((_, layer),) = layers(part.module)
-        with full_precision(part.module):
-            learned, held_out = input_moments(part, layer, here, there, batch, drop_prob, generator)
-            full[part.writes] = run_batched(part.module, here, batch, device, store)
+        each = math.ceil(SAMPLES * layer.weight[0].numel() * batch / len(rows))
+        given = layer_inputs(part, layer, here, there, batch, device)
+        moments = input_moments(layer, given, each, drop_prob, generator)
         if isinstance(layer, QuantLinear):
-            a, b = (inputs_of(part, x, batch, device) for x in (here, there))
-            match_inputs(layer, a, b, peers)
-        for moments in (learned, held_out):
-            peers.average([moments.second, moments.cross])
-            if isinstance(layer, QuantLinear):
-                moments.cross.zero_()  # its weight is fitted already
-        compensate_layer(layer, learned, held_out)
+            a, b = zip(*layer_inputs(part, layer, here, there, batch, device), strict=True)
+            match_inputs(layer, torch.cat(a), torch.cat(b), peers)
+            for some in moments:
+                some.cross.zero_()  # its weight is fitted already
+        peers.average([m for some in moments for m in (some.second, some.cross)])
+        compensate_layer(layer, *moments)
         peers.match(part.module)  # the same to the last bit
-        quantized[part.writes] = run_batched(part.module, there, batch, device, store)
+        if part is not parts[-1]:
+            with full_precision(part.module):
+                full[part.writes] = run_batched(part.module, here, batch, device, store)
+            quantized[part.writes] = run_batched(part.module, there, batch, device, store)
 
 
 def some_images(target: Tensor, generator: torch.Generator) -> Tensor:
@@ -80,54 +84,60 @@ def number_of_images(count: int, places: int) -> int:
     return min(count, max(IMAGES, PLACES // places))
 
 
-def input_moments(
+def layer_inputs(
     part: Unit,
     layer: QuantLayer,
     full: list[Tensor],
     quantized: list[Tensor],
     batch: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a part's layer is given in the float and in the quantized network, batch by batch."""
+    seen: list[Tensor] = []
+    with watching({layer: seen.append}), full_precision(part.module):
+        for start in range(0, len(full[0]), batch):
+            for inputs in (full, quantized):
+                part.module(*(x[start : start + batch].to(device, torch.float32) for x in inputs))
+            a, b = seen
+            seen.clear()
+            yield a, b
+
+
+def input_moments(
+    layer: QuantLayer,
+    given: Iterable[tuple[Tensor, Tensor]],
+    each: int,
     drop_prob: float,
     generator: torch.Generator,
 ) -> tuple[Moments, Moments]:
-    """Moments of what the part's layer is given, at places drawn at random.
+    """Moments of what a layer is given, at places drawn at random.
+
+    Args:
+        given: batches of its inputs, as :func:`layer_inputs` gives them.
+        each: places drawn of each batch.
 
     Returns:
-        Those of most images, and those of the images held out; of few batches both times the same.
+        Those of most batches, and those of the batches held out; of few batches both times the same.
     """
-    device, total = generator.device, len(full[0])
+    device = generator.device
     groups, size = groups_of(layer), layer.weight[0].numel()
-    wanted = math.ceil(SAMPLES * size * batch / total)
     sums = torch.zeros(2, 2, groups, size, size, device=device)
-    counts, seen = [0, 0], list[Tensor]()
-    with watching({layer: seen.append}):
-        for number, start in enumerate(range(0, total, batch)):
-            for inputs in (full, quantized):
-                part.module(*(x[start : start + batch].to(device, torch.float32) for x in inputs))
-            read = [windows(layer, x) for x in seen]
-            seen.clear()
-            shape = read[0].shape[:-3]
-            drawn = torch.randperm(shape.numel(), generator=generator, device=device)[:wanted]
-            at = torch.unravel_index(drawn, shape)
-            a, b = (w[at].reshape(len(drawn), groups, size).transpose(0, 1) for w in read)
-            stays = torch.rand(b.shape, generator=generator, device=device) < drop_prob
-            b = torch.where(stays, b, a)
-            kept_back = int(number % HELD_OUT == HELD_OUT - 1)
-            sums[kept_back] += torch.stack((b.mT @ b, (a - b).mT @ b))
-            counts[kept_back] += len(drawn)
+    counts = [0, 0]
+    for number, pair in enumerate(given):
+        read = [windows(layer, x) for x in pair]
+        shape = read[0].shape[:-3]
+        drawn = torch.randperm(shape.numel(), generator=generator, device=device)[:each]
+        at = torch.unravel_index(drawn, shape)
+        a, b = (w[at].reshape(len(drawn), groups, size).transpose(0, 1) for w in read)
+        stays = torch.rand(b.shape, generator=generator, device=device) < drop_prob
+        b = torch.where(stays, b, a)
+        kept_back = int(number % HELD_OUT == HELD_OUT - 1)
+        sums[kept_back] += torch.stack((b.mT @ b, (a - b).mT @ b))
+        counts[kept_back] += len(drawn)
     if not counts[1]:
         sums[1], counts[1] = sums[0], counts[0]
     learned, held_out = (Moments(*(some / count)) for some, count in zip(sums, counts, strict=True))
     return learned, held_out
-
-
-def inputs_of(part: Unit, values: list[Tensor], batch: int, device: torch.device) -> Tensor:
-    """What the part's layer, a linear one, is given for all images, ``[N, K]``."""
-    seen: list[Tensor] = []
-    ((_, layer),) = layers(part.module)
-    with watching({layer: seen.append}), full_precision(part.module):
-        for start in range(0, len(values[0]), batch):
-            part.module(*(x[start : start + batch].to(device, torch.float32) for x in values))
-    return torch.cat(seen)
 
 
 def match_inputs(layer: QuantLinear, full: Tensor, quantized: Tensor, peers: Peers) -> None:

@@ -84,8 +84,6 @@ def equalize(model: QuantResNet, images: Tensor, config: EasyDict) -> None:
     Raises:
         UserError: weights or activations hold NaN or infinity.
     """
-    if not config.quant.equalize:
-        return
     strength = config.quant.equalize
     if not strength:
         return

@@ -183,7 +183,7 @@ def reconstruct_unit(unit: Unit, data: UnitData, means: Means, generator: torch.
         if not start <= before:  # NaN is worse, too
             take_back(unit, kept)
             start = before
-        kept = copy.deepcopy(unit.parts)
+        kept = copy.deepcopy(unit.parts)  # what learning must not make worse
     result = UnitResult(unit.name, before, start, error_after=math.inf)
     result.trace, result.unconverged = learn_unit(
         unit, data, settings, generator, means.progress, means.engine, means.peers
