@@ -1,7 +1,7 @@
 """Variants of a config against each other, on the same network and val images: tables and JSON.
 
 python ./benchmarks/ablation.py --config ./exp/w4a4/rs50_msra/config.yaml --bits w4a4 w2a4 \\
-    --variants qdrop ours ours,quant.equalize=0.5 --sets random_1.txt bn.txt --seeds 1005 1 2 \\
+    --variants qdrop ours ours,quant.equalize.iters=100 --sets random_1.txt bn.txt --seeds 1005 1 2 \\
     --steps 200 --images 256 --input_size 128 --out ./benchmarks/results/ablation.json
 
 Every combination of bits, variant, set and seed is a run: ranges, reconstruction, and the val images by

@@ -25,7 +25,6 @@ from calibquant.solver.imagenet_util import batches, report_unreadable, validati
 from calibquant.solver.main_imagenet import progress_bar
 from calibquant.solver.pipeline import (
     calibrate,
-    equalize,
     fix_randomness,
     float_model,
     quantize_model,
@@ -134,8 +133,7 @@ def execute(point: Point, scorer: Scorer, folder: Path) -> Result:
     images, float_top1 = calibration_images(point), scorer.float_top1
     with timed(seconds, "calibrate"):
         network = quantize_model(scorer.model, config)
-        equalize(network, images, config)
-        calibrate(network, images, config.data.batch_size)
+        calibrate(network, images, config)
     with timed(seconds, "evaluate_range_only"):
         range_only = scorer.outcome(network)
     settings = recon_settings(config, len(images))

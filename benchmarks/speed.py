@@ -60,7 +60,7 @@ def main() -> None:
     model = float_model(config)
     images = load_calibration(config).images
     quantized = quantize_model(model.to(device), config)
-    calibrate(quantized, images, config.data.batch_size)
+    calibrate(quantized, images, config)
     peer = PeerUnits(Path(args.peer), model, config, images[:32], device) if args.peer else None
     settings = replace(recon_settings(config), batch_size=args.batch, iters=0)
     rows = [

@@ -55,7 +55,7 @@ def random_float_model(config: EasyDict, seed: int = 0) -> ResNet:
 def calibrated_model(config: EasyDict, images: torch.Tensor):
     """The random float network quantized and calibrated on the images."""
     model = quantize_model(random_float_model(config), config)
-    calibrate(model, images, 8)
+    calibrate(model, images, config)
     return model
 
 

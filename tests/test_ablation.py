@@ -28,7 +28,7 @@ from tests.test_end_to_end import write_config
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = {f"quant__{side}_qconfig__observer": "MinMaxObserver" for side in "wa"}
-VARIANTS = ("qdrop", "all_dropped,quant.equalize=0.5,quant.recon.drop_prob=0")
+VARIANTS = ("qdrop", "all_dropped,quant.equalize.iters=5,quant.recon.drop_prob=0")
 SETS, SEEDS = ("list0.txt", "list1.txt", "list2.txt"), ("1", "2")
 
 
@@ -90,16 +90,16 @@ def test_spreads_and_ranks():
 
 def test_a_variant_is_a_preset_a_file_or_edits(tmp_path):
     assert parse_variant("ours").edits == {}
-    assert parse_variant("qdrop").edits["quant.equalize"] == 0
+    assert parse_variant("qdrop").edits["quant.equalize.iters"] == 0
     both = parse_variant("ours,quant.ends_8bit=[stem_weight, stem_output],quant.recon.b_range=[9,2]")
     assert both.edits == {"quant.ends_8bit": ["stem_weight", "stem_output"], "quant.recon.b_range": [9, 2]}
-    assert both.name.startswith("ours,") and parse_variant("mine,quant.equalize=0.5").name == "mine"
-    other = parse_variant(f"other={write_config(tmp_path, quant__equalize=0.5)},quant.calibrate=5")
-    assert other.name == "other" and other.quant is not None and other.quant["equalize"] == 0.5
+    assert both.name.startswith("ours,") and parse_variant("mine,quant.equalize.iters=5").name == "mine"
+    other = parse_variant(f"other={write_config(tmp_path, quant__equalize__iters=5)},quant.calibrate=5")
+    assert other.name == "other" and other.quant is not None and other.quant["equalize"]["iters"] == 5
     assert other.edits == {"quant.calibrate": 5}
 
 
-@pytest.mark.parametrize("text", ["qdorp", "", "quant.equalize=0.5", "a b", "ours,quant.equalize"])
+@pytest.mark.parametrize("text", ["qdorp", "", "quant.equalize.iters=5", "a b", "ours,quant.equalize"])
 def test_what_is_no_variant_is_refused(text):
     with pytest.raises(UserError, match=r"--variants "):
         parse_variant(text)
@@ -168,7 +168,7 @@ def test_every_combination_is_run_and_told(finished, place):
     config = finished["config"]
     assert config["data"]["input_size"] == config["data"]["test_resize"] == 12
     assert config["quant"]["recon"]["iters"] == 3 and {"machine", "date", "versions"} <= finished.keys()
-    assert finished["variants"]["all_dropped"] == {"quant.equalize": 0.5, "quant.recon.drop_prob": 0}
+    assert finished["variants"]["all_dropped"] == {"quant.equalize.iters": 5, "quant.recon.drop_prob": 0}
     assert (place / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -203,7 +203,7 @@ def test_what_is_there_is_not_run_again(finished, place, monkeypatch, capsys):
 
 
 def test_only_what_is_new_is_run(finished, place, monkeypatch, capsys):
-    variants = ("another_name,quant.equalize=0.5,quant.recon.drop_prob=0", VARIANTS[0])
+    variants = ("another_name,quant.equalize.iters=5,quant.recon.drop_prob=0", VARIANTS[0])
     assert ablate(place, monkeypatch, variants, ("w2a4", "w3a4"), SETS[:2], SEEDS[:1]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if " of 8 " in line]
     assert [" done: w3a4 " in line for line in lines] == [False, False, True, True] * 2
@@ -230,7 +230,10 @@ def test_a_run_is_that_of_main_imagenet(place, monkeypatch):
 
 
 MISTAKES = {
-    "unknown key quant.equalise; did you mean quant.equalize?": ["--variants", "ours,quant.equalise=0.5"],
+    "unknown key quant.equalise; did you mean quant.equalize?": [
+        "--variants",
+        "ours,quant.equalise.iters=5",
+    ],
     "ours: quant.w_qconfig.bit is 9, allowed is": ["--variants", "ours", "--bits", "w9a4"],
     "--bits 4: allowed is the form w4a4": ["--variants", "ours", "--bits", "4"],
     "quant.recon.iters is -1, allowed": ["--variants", "ours", "--steps", "-1"],

@@ -150,7 +150,7 @@ def test_the_real_resnet50_recognises_the_same_in_onnx_runtime(tmp_path):
     raw["quant"]["calibrate"] = 8
     config = check_config(raw)
     model = quantize_model(float_model(config), config)
-    calibrate(model, export_onnx_images(config, 8, "sel"), 8)
+    calibrate(model, export_onnx_images(config, 8, "sel"), config)
     harden(model)
     out = tmp_path / "resnet50.onnx"
     size = export_onnx.write_onnx(model, out, export_onnx.describe(config, {}, None), None)

@@ -71,7 +71,7 @@ def test_the_real_network_recognises_real_images_and_keeps_doing_so_at_8_bits(ne
     quantized = quantize_model(model, config)
     with full_precision(quantized):
         assert torch.equal(predictions(quantized, images), float_predictions)
-    calibrate(quantized, calibration, 16)
+    calibrate(quantized, calibration, config)
     assert (predictions(quantized, images) == float_predictions).float().mean() > 0.93
 
 

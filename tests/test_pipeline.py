@@ -20,7 +20,7 @@ def test_a_dead_channel_and_a_dead_activation_are_named_and_harm_nothing(caplog)
     model.layer2[0].bn1.bias.data.fill_(-1)
     quantized = quantize_model(model, config)
     with caplog.at_level(logging.WARNING, "calibquant"):
-        calibrate(quantized, IMAGES, 2)
+        calibrate(quantized, IMAGES, config)
     assert "blocks.0.branch.conv1.weight_quantizer: 1 of 4 channels are zero throughout" in caplog.text
     assert "blocks.2.branch.conv1.output_quantizer: 1 of 1 channels" in caplog.text
     with torch.no_grad():
@@ -38,4 +38,4 @@ def test_numbers_that_are_none_are_refused_where_they_arise(where):
         images[4, 0, 0, 0] = torch.nan
     named = "classifier.fc" if where == "weight" else "stem.output_quantizer"
     with pytest.raises(UserError, match=rf"calibration: {named}: .* holds NaN or infinity"):
-        calibrate(quantized, images, 2)
+        calibrate(quantized, images, config)

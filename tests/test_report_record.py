@@ -107,7 +107,7 @@ def test_a_range_per_channel_and_an_activation_of_zeros_alone_are_recorded(tmp_p
     model.layer2[0].bn1.weight.data.zero_()
     model.layer2[0].bn1.bias.data.fill_(-1)
     quantized = quantize_model(model, config)
-    calibrate(quantized, IMAGES, 12)
+    calibrate(quantized, IMAGES, config)
     with recorded_for_report(tmp_path, quantized, Calibration(IMAGES, ["x"] * 12, ""), config):
         pass
     entries = {e["name"]: e for e in json.loads((tmp_path / "report.json").read_text())["activations"]}

@@ -249,7 +249,7 @@ def test_ranges_cost_is_that_of_the_calibrated_network_whatever_was_scored_befor
     ranges_cost(scored, [other * 9], images, reference)
     found = ranges_cost(scored, other.split(8), images, reference)
     calibrated = quantize_model(float_network, config)
-    calibrate(calibrated, other, 8)
+    calibrate(calibrated, other, config)
     with torch.no_grad():
         outputs, expected = ([m(batch) for batch in images] for m in (calibrated, float_network))
     assert found.kl == pytest.approx(Reference(expected).compare(outputs).kl, rel=1e-4)

@@ -160,7 +160,7 @@ def test_overrides_of_an_assignment_give_the_network_that_was_measured(granulari
     overrides = assignment_overrides(probe, assignment, Bits(4, 4))
     mixed["quant"]["overrides"] = overrides + mixed["quant"]["overrides"]
     model = quantize_model(random_float_model(config), check_config(mixed))
-    calibrate(model, IMAGES, 8)
+    calibrate(model, IMAGES, check_config(mixed))
     kl, _ = kl_and_agreement(model, random_float_model(config))
     assert cost.kl == pytest.approx(kl, rel=1e-3)
     chosen = [m for m in found if assignment[m.unit] == m.bits]

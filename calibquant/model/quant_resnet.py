@@ -162,6 +162,10 @@ class QuantResidualBlock(nn.Module):
         """The branch's layers but the last, in order."""
         return [layer for layer in self.branch if isinstance(layer, QuantConv2d)]
 
+    def path(self) -> list[QuantLayer]:
+        """The branch's layers, in order."""
+        return [*self.inner_layers(), self.join.last]
+
     def layer_units(self, name: str) -> list[Unit]:
         """The block as units of one layer each; the last one includes the residual addition."""
         units, skip, h = [], "x", "x"

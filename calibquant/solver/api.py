@@ -21,7 +21,7 @@ from calibquant.solver.config import check_config, lookup, read_config
 from calibquant.solver.export_onnx import describe, require_onnx_name, write_onnx
 from calibquant.solver.fast import choose_engine
 from calibquant.solver.files import write_atomically
-from calibquant.solver.pipeline import calibrate, equalize, quantize_model, recon_settings
+from calibquant.solver.pipeline import calibrate, quantize_model, recon_settings
 from calibquant.solver.recon import reconstruct
 from calibquant.solver.run_log import versions
 
@@ -77,8 +77,7 @@ def quantize(
         images = _checked_images(calibration_images)
         checked = _checked_config(config, model, images)
         network = quantize_model(float_copy(model, images[:PROBE_IMAGES]), checked)
-        equalize(network, images, checked)
-        calibrate(network, images, checked.data.batch_size)
+        calibrate(network, images, checked)
         settings = recon_settings(checked)
         engine = choose_engine(settings.compile)
         for result in reconstruct(network, images, settings, checked.process.seed, engine=engine):

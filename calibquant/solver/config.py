@@ -25,6 +25,7 @@ from calibquant.model.quant_resnet import End
 from calibquant.model.resnet import ARCHITECTURES
 from calibquant.quantization.fake_quant import QUANTIZERS
 from calibquant.quantization.observer import OBSERVERS
+from calibquant.solver.equalize import EqualizeSettings
 from calibquant.solver.learn import ReconSettings
 from calibquant.solver.pipeline import float_model_on_meta, quantize_model
 
@@ -176,6 +177,8 @@ _ACTIVATION_QUANTIZERS = ["LSQFakeQuantize", "LSQPlusFakeQuantize", "FixedFakeQu
 
 RECON = asdict(ReconSettings())
 """Defaults of reconstruction."""
+EQUALIZE = asdict(EqualizeSettings())
+"""Defaults of equalization."""
 
 KEYS: list[Key] = [
     *_quantizer_keys("quant.w_qconfig", _WEIGHT_QUANTIZERS, "MSEObserver", (0, -1), "weights"),
@@ -194,11 +197,16 @@ KEYS: list[Key] = [
         "wins over the keys above, the last that fits counts",
     ),
     Key(
-        "quant.equalize",
-        0.0,
-        number(0, 1),
-        "how far channels are scaled between layers to serve one step size: 0 not, 1 to the same range; "
-        "the float function stays",
+        "quant.equalize.iters",
+        EQUALIZE["iters"],
+        integer(0, 10**6),
+        "steps for each block in which activations' channels are scaled to serve one step size; 0: none",
+    ),
+    Key(
+        "quant.equalize.lr",
+        EQUALIZE["lr"],
+        number(0),
+        "Adam learning rate of those scales' logarithms, cosine to 0",
     ),
     Key("quant.calibrate", 1024, integer(1, 10**9), "calibration images taken from the calibration folder"),
     Key("quant.recon.batch_size", RECON["batch_size"], integer(1, 10**6), "images per optimisation step"),

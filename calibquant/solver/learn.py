@@ -33,6 +33,12 @@ TRACE_POINTS = 50
 Progress = Callable[[str, int], Iterable[int]]
 """Turns a unit's name and its number of steps into the steps, showing progress on the way."""
 
+
+def plain_steps(name: str, iters: int) -> Iterable[int]:
+    """Steps without any display."""
+    return range(iters)
+
+
 Objective = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """``(rows [batch], exponent [], weight []) -> (reconstruction error, weighted rounding penalty)``."""
 

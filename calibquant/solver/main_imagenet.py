@@ -32,18 +32,17 @@ from calibquant.solver.imagenet_util import (
     load_calibration,
     validation_loader,
 )
-from calibquant.solver.learn import bfloat16_pays
+from calibquant.solver.learn import bfloat16_pays, plain_steps
 from calibquant.solver.peers import Peers
 from calibquant.solver.pipeline import (
     calibrate,
-    equalize,
     fix_randomness,
     float_model,
     parameters_in_float32_mb,
     quantize_model,
     recon_settings,
 )
-from calibquant.solver.recon import plain_steps, reconstruct
+from calibquant.solver.recon import reconstruct
 from calibquant.solver.report import recorded_for_report, write_report
 from calibquant.solver.resume import RunState, identity, run_state
 from calibquant.solver.run_log import RunLog, peak_memory, start_run, versions
@@ -107,8 +106,7 @@ def quantize(
     with run.stage("calibrate"):
         quantized = quantize_model(model, config)
         if peers.leads:  # on all images: ranges are then those of a single process
-            equalize(quantized, calibration.images, config)
-            calibrate(quantized, calibration.images, config.data.batch_size)
+            calibrate(quantized, calibration.images, config, progress_bar)
         peers.match(quantized)
     score("range_only", "ranges only", quantized)
 

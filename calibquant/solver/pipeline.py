@@ -13,7 +13,6 @@ from easydict import EasyDict
 from torch import Tensor, nn
 
 from calibquant.errors import UserError
-from calibquant.model.equalize import equalize as equalize_channels
 from calibquant.model.load import build_model, load_weights
 from calibquant.model.quant_layer import calibrate_weights
 from calibquant.model.quant_resnet import End, Override, QuantResNet, QuantSpec
@@ -21,7 +20,8 @@ from calibquant.model.resnet import ResNet
 from calibquant.quantization.affine import SCALE_EPS
 from calibquant.quantization.fake_quant import QuantizerConfig
 from calibquant.quantization.state import calibrating, quantizers
-from calibquant.solver.learn import ReconSettings
+from calibquant.solver.equalize import EqualizeSettings, equalize, settle_ranges
+from calibquant.solver.learn import Progress, ReconSettings, plain_steps
 
 logger = logging.getLogger("calibquant")
 
@@ -73,42 +73,42 @@ def quantize_model(model: ResNet, config: EasyDict) -> QuantResNet:
     """Fold batch norm and wrap the float network in quantizers, on its device, ranges not yet set."""
     device = next(model.parameters()).device
     with torch.no_grad():
-        return QuantResNet(model, quant_spec(config)).to(device).eval()
+        quantized = QuantResNet(model, quant_spec(config)).to(device).eval()
+    if config.quant.equalize.iters:
+        settle_ranges(quantized)
+    return quantized
 
 
-def equalize(model: QuantResNet, images: Tensor, config: EasyDict) -> None:
-    """Scale channels so that one step size serves them better, as far as `quant.equalize` says.
+def calibrate(
+    model: QuantResNet, images: Tensor, config: EasyDict, progress: Progress = plain_steps
+) -> None:
+    """Set every range: of activations from all calibration images, of weights from the weights.
 
-    Before ranges are calibrated.
-
-    Raises:
-        UserError: weights or activations hold NaN or infinity.
-    """
-    strength = config.quant.equalize
-    if not strength:
-        return
-    try:
-        equalize_channels(model, images, config.data.batch_size, config.process.seed, strength)
-    except ValueError as error:
-        raise UserError(f"equalization: {error}") from error
-    logger.info("equalized channels, strength %g", strength)
-
-
-def calibrate(model: QuantResNet, images: Tensor, batch_size: int) -> None:
-    """Set every range: of weights from the weights, of activations from all calibration images.
+    Between the two, channels are scaled as `quant.equalize` says.
 
     Raises:
         UserError: weights or activations hold NaN or infinity.
     """
     device = next(model.buffers()).device
     try:
-        calibrate_weights(model)
         with calibrating(model):
-            for batch in images.split(batch_size):
+            for batch in images.split(config.data.batch_size):
                 model(batch.to(device, non_blocking=True))
+        equalize_channels(model, images, config, progress)
+        calibrate_weights(model)
     except ValueError as error:
         raise UserError(f"calibration: {error}") from error
     report_dead_channels(model)
+
+
+def equalize_channels(model: QuantResNet, images: Tensor, config: EasyDict, progress: Progress) -> None:
+    """Scale channels so that one step size serves them better, and say what it gained."""
+    settings = EqualizeSettings(**config.quant.equalize)
+    if not settings.iters:
+        return
+    batch = config.quant.recon.batch_size
+    for name, before, after in equalize(model, images, settings, batch, config.process.seed, progress):
+        logger.info("equalized %-12s error %.5g -> %.5g", name, before, after)
 
 
 def report_dead_channels(model: QuantResNet) -> None:

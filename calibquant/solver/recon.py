@@ -9,7 +9,7 @@ network is never re-run. How one unit learns stands in `learn.py`.
 import copy
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -29,6 +29,7 @@ from calibquant.solver.learn import (
     ReconSettings,
     TracePoint,
     learn_unit,
+    plain_steps,
     reconstruction_loss,
 )
 from calibquant.solver.peers import Peers
@@ -67,11 +68,6 @@ class Memory:
 
     def remember(self, unit: Unit, result: UnitResult) -> None:
         """Keep a unit that has just been finished."""
-
-
-def plain_steps(name: str, iters: int) -> Iterable[int]:
-    """Steps without any display."""
-    return range(iters)
 
 
 @dataclass(frozen=True)
