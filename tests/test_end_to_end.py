@@ -107,7 +107,7 @@ def test_main_leaves_a_log_metrics_and_a_model(finished):
     assert checkpoint.parent == place / "model_quantized" / "resnet18_imagenet_w2_a4"
     assert checkpoint.stem.rpartition("_")[2].isdigit()
     log = (folder / "calibquant.log").read_text()
-    assert "equalized layer1.0" in log
+    assert "equalized layer1.0 to layer1.1: error" in log
     assert "unit layer4.1" in log and str(metrics["checkpoint"]) in log and "\r" not in log
     left = ["calibquant.log", "metrics.json", "report.html", "report.json"]
     assert sorted(p.name for p in folder.iterdir()) == left

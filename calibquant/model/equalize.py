@@ -1,12 +1,13 @@
-"""Equalization: where an activation's channels may be scaled, and the scaling itself.
+"""Equalization: where activations' channels may be scaled, and the scaling itself.
 
-What passes through a ReLU or a pooling may be scaled channel by channel, ``x_c / s_c``, if the weight that
-wrote it is divided and those that read it multiplied by ``s_c``: the float network stays the same function
-(cross-layer equalization, Nagel et al., ICCV 2019, section 4.1). One step size for the whole activation is
-then a step size for each channel.
+What passes through a ReLU, a pooling or an addition of its like may be scaled channel by channel,
+``x_c / s_c``, if the weights that wrote it are divided and those that read it multiplied by ``s_c``: the
+float network stays the same function (cross-layer equalization, Nagel et al., ICCV 2019, section 4.1). One
+step size for the whole activation is then a step size for each channel.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,54 +20,65 @@ from calibquant.quantization.fake_quant import FakeQuantize
 
 @dataclass(frozen=True)
 class Junction:
-    """An activation with one step size, the layer that writes it, and the layers that read it."""
+    """Activations whose channels must be scaled alike, since additions join them.
 
-    writer: QuantLayer
-    quantizer: FakeQuantize
-    readers: list[QuantLayer]
+    Attributes:
+        writers: layers that write them.
+        readings: each one's quantizer, in dataflow order, and the layers that read it.
+    """
+
+    writers: list[QuantLayer]
+    readings: list[tuple[FakeQuantize, list[QuantLayer]]]
+
+    @property
+    def channels(self) -> int:
+        return len(self.writers[0].bias)
 
 
 def junctions(model: QuantResNet) -> list[Junction]:
-    """Where channels may be scaled, in dataflow order: between a block's layers, and behind the stem.
+    """Where channels may be scaled: between a block's layers, and along each run of identity shortcuts.
 
-    Not where an addition joins the activation to others, whose channels would have to be scaled alike: so
-    not behind the stem where the first block has no projection, and behind no block. And not where scaling
-    gains nothing or costs something: an activation with a step size for each channel already, or a writer
-    with one step size for all.
+    Not where that gains nothing or costs something: where an activation has a step size for each channel
+    already, or a writer one step size for all.
     """
-    found = []
-    first = model.blocks[0]
-    assert isinstance(first, QuantResidualBlock)
-    if isinstance(first.shortcut, QuantLayer):
-        path = first.path()
-        found.append(Junction(model.stem.conv1, model.stem.output_quantizer, [first.shortcut, path[0]]))
+    found, trunk = [], Junction([model.stem.conv1], [(model.stem.output_quantizer, [])])
     for block in model.blocks:
         assert isinstance(block, QuantResidualBlock)
-        *inner, last = block.path()
-        for writer, reader in zip(inner, [*inner[1:], last], strict=True):
+        path = block.path()
+        for writer, reader in pairwise(path):
             assert isinstance(writer.output_quantizer, FakeQuantize)
-            found.append(Junction(writer, writer.output_quantizer, [reader]))
-    return [junction for junction in found if gains(junction)]
+            found.append(Junction([writer], [(writer.output_quantizer, [reader])]))
+        trunk.readings[-1][1].append(path[0])
+        if isinstance(block.shortcut, QuantLayer):
+            trunk.readings[-1][1].append(block.shortcut)
+            found.append(trunk)
+            trunk = Junction([block.shortcut], [])
+        trunk.writers.append(path[-1])
+        trunk.readings.append((block.join.output_quantizer, []))
+    trunk.readings[-1][1].append(model.classifier.fc)
+    return [junction for junction in (*found, trunk) if pays(junction)]
 
 
-def gains(junction: Junction) -> bool:
-    """Whether the activation has one step size for all channels, and its writer one for each."""
-    written = junction.writer.weight_quantizer
-    by_channel = isinstance(written, FakeQuantize) and written.ch_axis != PER_TENSOR
-    return by_channel and junction.quantizer.ch_axis == PER_TENSOR
+def pays(junction: Junction) -> bool:
+    """Whether all activations have one step size for all channels, and all writers one for each."""
+    by_channel = (
+        isinstance(layer.weight_quantizer, FakeQuantize) and layer.weight_quantizer.ch_axis != PER_TENSOR
+        for layer in junction.writers
+    )
+    return all(by_channel) and all(quantizer.ch_axis == PER_TENSOR for quantizer, _ in junction.readings)
 
 
 @torch.no_grad()
 def rescale(junction: Junction, factors: Tensor) -> None:
-    """Divide what the writer writes, and multiply what the readers' weights take, channel by channel.
+    """Divide what the writers write, and multiply what the readers' weights take, channel by channel.
 
     Args:
         factors: ``[C]``, above 0.
     """
-    writer = junction.writer
-    writer.weight /= broadcastable(factors, writer.weight.ndim, 0)
-    writer.bias /= factors
-    for layer in junction.readers:
+    for layer in junction.writers:
+        layer.weight /= broadcastable(factors, layer.weight.ndim, 0)
+        layer.bias /= factors
+    for layer in (layer for _, readers in junction.readings for layer in readers):
         taken = layer.weight.shape[1]  # of a grouped convolution's weight: the channels of one group
         by_group = layer.weight.view(len(factors) // taken, -1, *layer.weight.shape[1:])
         by_group *= factors.view(-1, 1, taken, *[1] * (layer.weight.ndim - 2))

@@ -200,7 +200,7 @@ KEYS: list[Key] = [
         "quant.equalize.iters",
         EQUALIZE["iters"],
         integer(0, 10**6),
-        "steps for each block in which activations' channels are scaled to serve one step size; 0: none",
+        "steps for each stage in which activations' channels are scaled to serve one step size; 0: none",
     ),
     Key(
         "quant.equalize.lr",

@@ -1,10 +1,10 @@
-"""Equalization, learned: a step size for each channel of an activation, chosen by what reads it.
+"""Equalization, learned: a step size for each channel of activations, chosen by what reads them.
 
-What an activation's own error says of its channels is not what the block that reads them says. Of a real
-ResNet-50 with its stem's output alone at 4 bits, KL to the float network is 0.10 with the range that suits
-the output itself, 0.085 with channels scaled to like ranges, and 0.05 with a step size for each channel,
-learned for the output of the first block. A writer takes such step sizes into its weight's channels, which
-have step sizes of their own, and a reader into what it multiplies them by (`model/equalize.py`), as learned
+What an activation's own error says of its channels is not what its readers say. Of a real ResNet-50 with
+its stem's output alone at 4 bits, KL to the float network is 0.10 with the range that suits the output
+itself, 0.085 with channels scaled to like ranges, and 0.05 with a step size for each channel, learned for
+the output of the first block. A writer takes such step sizes into its weight's channels, which have step
+sizes of their own, and a reader into what it multiplies them by (`model/equalize.py`), as learned
 equivalent transformations do (OmniQuant, Shao et al., ICLR 2024, section 3.3).
 """
 
@@ -12,12 +12,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from calibquant.model.equalize import Junction, junctions, rescale
-from calibquant.model.quant_resnet import QuantResNet, Unit
+from calibquant.model.quant_layer import QuantLayer
+from calibquant.model.quant_resnet import QuantResidualBlock, QuantResNet
 from calibquant.quantization.affine import broadcastable, fake_quantize_affine
 from calibquant.quantization.fake_quant import FakeQuantize, Role
 from calibquant.quantization.state import full_precision, quantizers
@@ -36,13 +38,49 @@ class EqualizeSettings:
     lr: float = 0.05
 
 
-def settle_ranges(model: QuantResNet) -> None:
-    """Let reconstruction leave the range of what is read outside of its own unit as it is.
+@dataclass(frozen=True)
+class Stage:
+    """Parts of the network that identity shortcuts join, and the part that reads them.
 
-    The stem alone would learn for its own output what equalization learns for its reader.
+    Attributes:
+        name: of the first and the last block.
+        parts: the blocks, before the first ones the stem.
+        reader: the block behind them, or the classifier.
     """
-    if any(junction.quantizer is model.stem.output_quantizer for junction in junctions(model)):
-        model.stem.output_quantizer = model.stem.output_quantizer.hardened()
+
+    name: str
+    parts: list[nn.Module]
+    reader: nn.Module
+
+
+def stages(model: QuantResNet) -> list[Stage]:
+    """The network's blocks, split before each projection."""
+    blocks = list(zip(model.block_names, model.blocks, strict=True))
+    starts = [
+        number
+        for number, block in enumerate(model.blocks)
+        if number and isinstance(block, QuantResidualBlock) and isinstance(block.shortcut, QuantLayer)
+    ]
+    found = []
+    for start, end in pairwise([0, *starts, len(blocks)]):
+        names, parts = zip(*blocks[start:end], strict=True)
+        before = [] if start else [model.stem]
+        reader = model.blocks[end] if end < len(blocks) else model.classifier
+        found.append(Stage(f"{names[0]} to {names[-1]}", [*before, *parts], reader))
+    return found
+
+
+def settle_ranges(model: QuantResNet) -> None:
+    """Let reconstruction leave the ranges of what is read outside of its own unit as they are.
+
+    A unit would learn for its own output what equalization learns for those who read it.
+    """
+    scaled = {quantizer for junction in junctions(model) for quantizer, _ in junction.readings}
+    joins = [block.join for block in model.blocks if isinstance(block, QuantResidualBlock)]
+    for part in (model.stem, *joins):
+        quantizer = part.output_quantizer
+        if isinstance(quantizer, FakeQuantize) and quantizer in scaled:
+            part.output_quantizer = quantizer.hardened()
 
 
 def equalize(
@@ -53,7 +91,7 @@ def equalize(
     seed: int,
     progress: Progress,
 ) -> list[tuple[str, float, float]]:
-    """Scale channels, in place, block by block in the float network.
+    """Scale channels, in place, stage by stage in the float network.
 
     Activations' ranges must be calibrated before, and weights' afterwards.
 
@@ -63,47 +101,69 @@ def equalize(
         seed: of the images' order.
 
     Returns:
-        Name of each unit, and its output's squared error, with only the activations between its layers
-        quantized, before and after; the same where learning made it no better, which is then left alone.
+        Name of each stage, and the squared error of its reader's output, with the stage's activations
+        quantized and nothing else, before and after; the same where learning made it no better, which is
+        then left alone.
     """
     device = next(model.buffers()).device
     generator = torch.Generator(device).manual_seed(seed)
     store = Store(device, torch.float16)
-    found, results = junctions(model), []
+    everywhere, results = junctions(model), []
     chosen = torch.randperm(len(images), generator=generator, device=device)[:IMAGES]
-    x = images[chosen.to(images.device)]
-    for unit in units_of(model, found):
-        inside = [quantizer for _, quantizer in quantizers(unit.module, Role.ACTIVATION)]
-        here = [junction for junction in found if junction.quantizer in inside]
-        with full_precision(unit.module):
-            target = run_batched(unit.module, [x], batch_size, device, store)
+    x = images[chosen.to(images.device)].to(device)
+    for stage in stages(model):
+        inside = {q for part in stage.parts for _, q in quantizers(part, Role.ACTIVATION)}
+        here = [junction for junction in everywhere if junction.readings[0][0] in inside]
+        own, whole = nn.Sequential(*stage.parts), nn.Sequential(*stage.parts, stage.reader)
+        with full_precision(whole):
+            output = run_batched(own, [x], batch_size, device, store)
+            target = run_batched(stage.reader, [output], batch_size, device, store)
             if here:
-                task = Task(unit.module, here, x, target, batch_size)
-                calibrated = [log_steps(junction) for junction in here]
-                before = task.error(calibrated)
-                learned = learn_steps(
-                    task, calibrated, settings, generator, progress(unit.name, settings.iters)
-                )
+                task = Task(whole, here, x, target, batch_size)
+                start = [log_steps(junction) for junction in here]
+                before = task.error(start)
+                steps = progress(stage.name, settings.iters)
+                learned = learn_steps(task, start, settings, generator, steps)
                 after = task.error(learned)
                 if after < before:
                     settle(here, learned)
-                results.append((unit.name, before, min(before, after)))
-        x = target
+                results.append((stage.name, before, min(before, after)))
+        x = output
     return results
 
 
-def units_of(model: QuantResNet, found: list[Junction]) -> list[Unit]:
-    """The blocks, the first one together with the stem where channels are scaled between the two."""
-    with_stem = any(junction.writer is model.stem.conv1 for junction in found)
-    return model.units("block", model.block_names[:1] if with_stem else [])[:-1]
+@dataclass(frozen=True)
+class LogSteps:
+    """Logarithms of a junction's step sizes: of a channel and a reading, the sum of both.
+
+    Attributes:
+        channels: ``[C]``.
+        readings: ``[R]``.
+    """
+
+    channels: Tensor
+    readings: Tensor
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.channels, self.readings]
+
+    def clone(self) -> "LogSteps":
+        return LogSteps(*(parameter.clone() for parameter in self.parameters))
+
+
+def log_steps(junction: Junction) -> LogSteps:
+    """A junction's step sizes as they are now, the same for each channel."""
+    scales = torch.cat([quantizer.hard_qparams()[0] for quantizer, _ in junction.readings])
+    return LogSteps(scales.new_zeros(junction.channels), scales.log())
 
 
 @dataclass(frozen=True)
 class Task:
-    """A unit's junctions, and what its output should be.
+    """A stage's junctions, and what its reader's output should be.
 
     Attributes:
-        module: the unit's, whose quantizers are off.
+        module: the stage and its reader, whose quantizers are off.
         inputs, target: of all images looked at, ``[N, ...]``.
     """
 
@@ -113,19 +173,14 @@ class Task:
     target: Tensor
     batch_size: int
 
-    def loss(self, rows: Tensor | slice, steps: list[Tensor]) -> Tensor:
-        """Error of the unit's output on some images, with activations quantized by channel.
-
-        Args:
-            steps: logarithms of the step sizes, ``[C]`` for each junction.
-        """
-        device = steps[0].device
-        x, wanted = (values[rows].to(device, torch.float32) for values in (self.inputs, self.target))
+    def loss(self, rows: Tensor | slice, steps: list[LogSteps]) -> Tensor:
+        """Error of the reader's output on some images, with activations quantized by channel."""
+        x, wanted = (values[rows].float() for values in (self.inputs, self.target))
         with quantizing_by_channel(self.junctions, steps):
             return reconstruction_loss(self.module(x), wanted)
 
     @torch.no_grad()
-    def error(self, steps: list[Tensor]) -> float:
+    def error(self, steps: list[LogSteps]) -> float:
         """The loss over all images."""
         total = 0.0
         for start in range(0, len(self.target), self.batch_size):
@@ -135,17 +190,20 @@ class Task:
 
 
 @contextmanager
-def quantizing_by_channel(junctions: list[Junction], steps: list[Tensor]) -> Iterator[None]:
+def quantizing_by_channel(junctions: list[Junction], steps: list[LogSteps]) -> Iterator[None]:
     """Inside, the junctions' activations, whose quantizers are off, have a step size for each channel."""
 
-    def quantize(log_step: Tensor, module: FakeQuantize, _inputs: tuple[Tensor, ...], x: Tensor) -> Tensor:
-        scale = broadcastable(log_step.exp(), x.ndim, 1)
+    def quantize(
+        steps: LogSteps, place: int, module: FakeQuantize, _inputs: tuple[Tensor, ...], x: Tensor
+    ) -> Tensor:
+        scale = broadcastable((steps.channels + steps.readings[place]).exp(), x.ndim, 1)
         _, zero_point = module.hard_qparams()
         return fake_quantize_affine(x, scale, zero_point, module.quant_min, module.quant_max)
 
     hooks = [
-        junction.quantizer.register_forward_hook(partial(quantize, log_step))
-        for junction, log_step in zip(junctions, steps, strict=True)
+        quantizer.register_forward_hook(partial(quantize, own, place))
+        for junction, own in zip(junctions, steps, strict=True)
+        for place, (quantizer, _) in enumerate(junction.readings)
     ]
     try:
         yield
@@ -154,27 +212,25 @@ def quantizing_by_channel(junctions: list[Junction], steps: list[Tensor]) -> Ite
             hook.remove()
 
 
-def log_steps(junction: Junction) -> Tensor:
-    """Logarithms of a junction's step sizes as they are now, the same for each channel, ``[C]``."""
-    scale, _ = junction.quantizer.hard_qparams()
-    return scale.log().repeat(len(junction.writer.bias))
-
-
 @torch.enable_grad()
 def learn_steps(
     task: Task,
-    start: list[Tensor],
+    start: list[LogSteps],
     settings: EqualizeSettings,
     generator: torch.Generator,
-    steps: Iterable[int],
-) -> list[Tensor]:
-    """Logarithms of the step sizes that serve the unit's output best, found by Adam from a start."""
-    learned = [log_step.clone() for log_step in start]
+    numbers: Iterable[int],
+) -> list[LogSteps]:
+    """The step sizes that serve the reader best, found by Adam from a start.
+
+    Args:
+        numbers: of the optimisation steps.
+    """
+    learned = [steps.clone() for steps in start]
+    parameters = [parameter for steps in learned for parameter in steps.parameters]
     order = batch_order(len(task.target), task.batch_size, settings.iters, generator)
-    optimizer = torch.optim.Adam(learned, settings.lr)
-    order = order.to(task.target.device)
-    with learning(learned):
-        for number in steps:
+    optimizer = torch.optim.Adam(parameters, settings.lr)
+    with learning(parameters):
+        for number in numbers:
             optimizer.zero_grad()
             task.loss(order[number], learned).backward()
             optimizer.param_groups[0]["lr"] = settings.lr * cosine(number, settings.iters)
@@ -182,9 +238,10 @@ def learn_steps(
     return learned
 
 
-def settle(junctions: list[Junction], log_steps: list[Tensor]) -> None:
-    """Scale each junction's channels so that one step size, their geometric mean, is each channel's own."""
-    for junction, log_step in zip(junctions, log_steps, strict=True):
-        mean = log_step.mean()
-        rescale(junction, (log_step - mean).exp())
-        junction.quantizer.scale.data = mean.exp().view(1)
+def settle(junctions: list[Junction], steps: list[LogSteps]) -> None:
+    """Scale channels so that one step size for each activation is each channel's own."""
+    for junction, learned in zip(junctions, steps, strict=True):
+        mean = learned.channels.mean()
+        rescale(junction, (learned.channels - mean).exp())
+        for (quantizer, _), step in zip(junction.readings, (learned.readings + mean).exp(), strict=True):
+            quantizer.scale.data = step.view(1)

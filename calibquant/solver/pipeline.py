@@ -108,7 +108,7 @@ def equalize_channels(model: QuantResNet, images: Tensor, config: EasyDict, prog
         return
     batch = config.quant.recon.batch_size
     for name, before, after in equalize(model, images, settings, batch, config.process.seed, progress):
-        logger.info("equalized %-12s error %.5g -> %.5g", name, before, after)
+        logger.info("equalized %s: error %.5g -> %.5g", name, before, after)
 
 
 def report_dead_channels(model: QuantResNet) -> None:
