@@ -18,6 +18,7 @@ from calibquant.solver.pipeline import calibrate, quantize_model, recon_settings
 from calibquant.solver.recon import reconstruct
 from tests.small import random_float_model, small_config
 from tests.test_quant_resnet import BOTH_BLOCKS, calibrated, float_model, images, spec
+from tests.test_recon import IMAGES
 
 
 def spread(channels: int, generator: torch.Generator) -> torch.Tensor:
@@ -210,13 +211,14 @@ def test_ranges_stay_as_the_readers_outside_of_a_unit_want_them(iters):
         quant__recon__scale_lr=1e-3,
     )
     model = quantize_model(random_float_model(config), config)
-    x = torch.randn(13, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    calibrate(model, x, config)
-    outside = [model.stem.output_quantizer, model.blocks[0].join.output_quantizer]
-    before = [float(quantizer.scale) for quantizer in outside]
-    assert all((type(quantizer) is FixedFakeQuantize) == (iters > 0) for quantizer in outside)
-    for _ in zip(range(2), reconstruct(model, x, recon_settings(config), seed=7), strict=False):
+    calibrate(model, IMAGES, config)
+
+    def read_outside() -> list[FakeQuantize]:
+        return [model.stem.output_quantizer, model.blocks[0].join.output_quantizer]
+
+    assert all((type(quantizer) is FixedFakeQuantize) == (iters > 0) for quantizer in read_outside())
+    before = [float(quantizer.scale) for quantizer in read_outside()]
+    for _ in zip(range(2), reconstruct(model, IMAGES, recon_settings(config), seed=7), strict=False):
         pass
-    outside = [model.stem.output_quantizer, model.blocks[0].join.output_quantizer]
-    after = [float(quantizer.scale) for quantizer in outside]
+    after = [float(quantizer.scale) for quantizer in read_outside()]
     assert (after == before) == (iters > 0)

@@ -158,13 +158,9 @@ class QuantResidualBlock(nn.Module):
         out: Tensor = self.join(self.branch(x), self.shortcut(x))
         return out
 
-    def inner_layers(self) -> list[QuantConv2d]:
-        """The branch's layers but the last, in order."""
-        return [layer for layer in self.branch if isinstance(layer, QuantConv2d)]
-
     def path(self) -> list[QuantLayer]:
         """The branch's layers, in order."""
-        return [*self.inner_layers(), self.join.last]
+        return [*(layer for layer in self.branch if isinstance(layer, QuantLayer)), self.join.last]
 
     def layer_units(self, name: str) -> list[Unit]:
         """The block as units of one layer each; the last one includes the residual addition."""

@@ -56,12 +56,19 @@ def watching(viewers: Mapping[M, Callable[[Tensor], None]]) -> Iterator[None]:
     def show(module: M, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
         viewers[module](inputs[0])
 
-    hooks = [module.register_forward_hook(show) for module in viewers]
+    with hooked(dict.fromkeys(viewers, show)):
+        yield
+
+
+@contextmanager
+def hooked(hooks: Mapping[M, Callable[[M, tuple[Tensor, ...], Tensor], Tensor | None]]) -> Iterator[None]:
+    """Inside, each of the modules has a forward hook, which may replace its output."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -8,8 +8,8 @@ sizes of their own, and a reader into what it multiplies them by (`model/equaliz
 equivalent transformations do (OmniQuant, Shao et al., ICLR 2024, section 3.3).
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -22,7 +22,7 @@ from calibquant.model.quant_layer import QuantLayer
 from calibquant.model.quant_resnet import QuantResidualBlock, QuantResNet
 from calibquant.quantization.affine import broadcastable, fake_quantize_affine
 from calibquant.quantization.fake_quant import FakeQuantize, Role
-from calibquant.quantization.state import full_precision, quantizers
+from calibquant.quantization.state import full_precision, hooked, quantizers
 from calibquant.solver.caches import Store, run_batched
 from calibquant.solver.learn import Progress, batch_order, cosine, learning, reconstruction_loss
 
@@ -189,8 +189,7 @@ class Task:
         return total / len(self.target)
 
 
-@contextmanager
-def quantizing_by_channel(junctions: list[Junction], steps: list[LogSteps]) -> Iterator[None]:
+def quantizing_by_channel(junctions: list[Junction], steps: list[LogSteps]) -> AbstractContextManager[None]:
     """Inside, the junctions' activations, whose quantizers are off, have a step size for each channel."""
 
     def quantize(
@@ -200,16 +199,13 @@ def quantizing_by_channel(junctions: list[Junction], steps: list[LogSteps]) -> I
         _, zero_point = module.hard_qparams()
         return fake_quantize_affine(x, scale, zero_point, module.quant_min, module.quant_max)
 
-    hooks = [
-        quantizer.register_forward_hook(partial(quantize, own, place))
-        for junction, own in zip(junctions, steps, strict=True)
-        for place, (quantizer, _) in enumerate(junction.readings)
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return hooked(
+        {
+            quantizer: partial(quantize, own, place)
+            for junction, own in zip(junctions, steps, strict=True)
+            for place, (quantizer, _) in enumerate(junction.readings)
+        }
+    )
 
 
 @torch.enable_grad()
