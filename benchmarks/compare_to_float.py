@@ -44,6 +44,8 @@ def compare(reference, quantized, config, device) -> dict[str, float]:
     expected, found, targets = [], [], []
     for batch in batches(validation_loader(config), "compare"):
         report_unreadable(batch, config.data.skip_unreadable)
+        if not len(batch.images):
+            continue
         x = batch.images.to(device)
         expected.append(reference(x))
         found.append(quantized(x))

@@ -400,6 +400,8 @@ BY_STATISTICS = [*TRAIN, *CONFIG, "--strategy", "bn_statistics"]
         ([*BY_STATISTICS, "--num", 9, "--candidates", 8], "--candidates is 8, allowed is"),
         ([*TRAIN, "--config", "absent.yaml", "--num", 8], "config absent.yaml"),
         (["--score", "absent"], "--config is missing, --score needs it"),
+        (["--score", "absent", *CONFIG, "--num", "96"], "--num is 96, allowed is none with --score"),
+        (["--score", "absent", *CONFIG, "--out", "set"], "--out is set, allowed is none with --score"),
         (["--score", "absent", *CONFIG], "--score: calibration folder absent: No such file"),
         (["--score", "imagenet/train", *CONFIG, "--reference", "x"], "--reference: calibration folder x"),
         (["--score", "empty.txt", *CONFIG], "--score empty.txt: cannot be read as a list of images: it is"),

@@ -245,7 +245,23 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--link", action="store_true", help="link to the images, relatively (default)")
     add_network_arguments(parser)
     add_score_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.score:
+        require_defaults(parser, args)
+    return args
+
+
+def require_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse, where sets are ranked, what only says how one is made.
+
+    Raises:
+        UserError: naming the option.
+    """
+    of_making = "num", "seed", "strategy", "cover_classes", "classes", "out", "copy", "link", "candidates"
+    for name in of_making:
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            raise UserError(f"--{name} is {value}, allowed is none with --score, which makes no set")
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
