@@ -38,6 +38,7 @@ PRESETS: dict[str, Edits] = {
         "quant.recon.weight_scale_lr": 0.0,
         "quant.recon.merge": [],
         "quant.recon.views": 1,
+        "quant.recon.held_out": 0.0,
     },
 }
 """Variants that need no edits: the config as it is, and what it has beyond QDrop (ICLR 2022) taken off.

@@ -133,19 +133,27 @@ def units(run: Run) -> str:
     ]
     words = (
         "In the order of reconstruction. A unit's error is the squared difference of its output to the "
-        "float network's on all calibration images, summed over channels and averaged over the rest. "
+        "float network's on the calibration images that it learned from, summed over channels and averaged "
+        "over the rest. "
         "Unconverged: the rounding was not decided by the last step, and settled afterwards."
     )
     numbers = folded("The same in numbers", unit_table(rows))
     return f"<h2>Units</h2>\n<p>{escape(words)}</p>\n{grid(charts)}{numbers}"
 
 
+def change(before: float, after: float) -> str:
+    """By how much an error changed, in percent."""
+    return decimal(100 * (after / before - 1) if before else math.nan, "{:+.1f}", " %")
+
+
 def unit_table(units: list[UnitRow]) -> str:
+    held_out = any(math.isfinite(unit.held_out_after) for unit in units)
     head = [
         "unit",
         "error before",
         "after",
         "change",
+        *(["change, held out"] if held_out else []),
         "rounded away",
         "unconverged",
         "seconds",
@@ -157,7 +165,8 @@ def unit_table(units: list[UnitRow]) -> str:
             unit.name,
             decimal(unit.before),
             decimal(unit.after),
-            decimal(100 * (unit.after / unit.before - 1) if unit.before else math.nan, "{:+.1f}", " %"),
+            change(unit.before, unit.after),
+            *([change(unit.held_out_before, unit.held_out_after)] if held_out else []),
             percent(100 * unit.rounded_away),
             percent(100 * unit.unconverged),
             decimal(unit.seconds, "{:.1f}"),

@@ -42,6 +42,8 @@ class UnitRow:
     name: str
     before: float
     after: float
+    held_out_before: float
+    held_out_after: float
     seconds: float
     rounded_away: float
     unconverged: float
@@ -197,6 +199,8 @@ def unit_row(entry: dict[str, Any]) -> UnitRow:
         name=text(entry.get("name")) or "?",
         before=number(entry.get("error_before")),
         after=number(entry.get("error_after")),
+        held_out_before=number(entry.get("held_out_before")),
+        held_out_after=number(entry.get("held_out_after")),
         seconds=number(entry.get("seconds")),
         rounded_away=number(entry.get("rounded_away")),
         unconverged=number(entry.get("unconverged")),

@@ -1,4 +1,9 @@
-"""More views of the calibration images: what is learned on a few hundred images must hold for others."""
+"""What reconstruction makes of the calibration images: further views to learn from, and some held out.
+
+What is learned on a few hundred images must hold for others.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,6 +14,47 @@ SMALLEST_CROP = 0.3
 """Share of an image's area that a random crop shows at least."""
 RATIOS = (3 / 4, 4 / 3)
 """Of a crop's width to its height, as in the training of the usual networks (Szegedy et al., CVPR 2015)."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of the activations show what, one after the other.
+
+    Attributes:
+        images: learned from.
+        views: all views of them, the images themselves among these.
+        held_out: images that nothing is learned from.
+    """
+
+    images: int
+    views: int
+    held_out: int
+
+    @property
+    def count(self) -> int:
+        return self.views + self.held_out
+
+
+def rows_of(count: int, views: int, held_out: float) -> Rows:
+    """Rows for ``count`` images, ``views`` of each, where a share of the images is held out."""
+    kept_back = min(max(1, round(held_out * count)), count - 1) if held_out else 0
+    learned = count - kept_back
+    return Rows(learned, views * learned, kept_back)
+
+
+def arrange(images: Tensor, rows: Rows, seed: int) -> Tensor:
+    """The rows' images ``[count, 3, H, W]``; those held out are spread evenly over the set.
+
+    Args:
+        images: ``[N, 3, H, W]``, normalised.
+        seed: of the crops.
+    """
+    views = rows.views // rows.images
+    if not rows.held_out:
+        return views_of(images, views, seed)
+    held_out = torch.zeros(len(images), dtype=torch.bool)
+    held_out[(torch.arange(rows.held_out) * len(images) + len(images) // 2) // rows.held_out] = True
+    return torch.cat([views_of(images[~held_out], views, seed), images[held_out]])
 
 
 def views_of(images: Tensor, count: int, seed: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from calibquant.errors import UserError
 from calibquant.model.quant_resnet import QuantResNet
 from calibquant.quantization.state import quantizer_inputs
+from calibquant.solver.augment import rows_of
 from calibquant.solver.caches import CACHE_TYPES, FileStore, Store, live_names
 from calibquant.solver.compensate import number_of_images
 from calibquant.solver.learn import ReconSettings
@@ -105,8 +106,8 @@ def choose_store(
         UserError: a step does not fit on the device, or the caches fit nowhere.
     """
     device, dtype = next(model.buffers()).device, CACHE_TYPES[settings.cache]
-    views = len(images) * settings.views
-    need = estimate(model, images[:1].to(device), views, settings)
+    count = rows_of(len(images), settings.views, settings.held_out).count
+    need = estimate(model, images[:1].to(device), count, settings)
     found = free(device, folder)
     have = Room(found.device, found.host // processes, found.disk // processes)
     on_gpu, cpu = device.type == "cuda", torch.device("cpu")
@@ -130,7 +131,7 @@ def choose_store(
         )
         return FileStore(dtype, folder)
     raise UserError(
-        f"activations of {views} images (quant.calibrate x quant.recon.views) "
+        f"activations of {count} images (quant.calibrate x quant.recon.views) "
         f"need about {_size(need.caches)}; "
         f"free are {_size(have.device)} on {device}, {_size(have.host)} of host memory and "
         f"{_size(have.disk)} on disk; lower one of these"

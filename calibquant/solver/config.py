@@ -313,6 +313,13 @@ KEYS: list[Key] = [
         integer(1, 64),
         "views of each image to learn from: itself, mirrored, then random crops; each takes its memory",
     ),
+    Key(
+        "quant.recon.held_out",
+        RECON["held_out"],
+        number(0, 0.5),
+        "share of the images that units do not learn from; their error then decides whether what a unit "
+        "learned is kept",
+    ),
     Key("model.type", REQUIRED, choice(*ARCHITECTURES), "the network"),
     Key("model.kwargs.num_classes", 1000, integer(1, 100_000), "outputs of the classifier"),
     Key(

@@ -66,6 +66,7 @@ class ReconSettings:
     ranges: str = "float"
     merge: tuple[str, ...] = ()
     views: int = 1
+    held_out: float = 0.0
 
 
 @dataclass(frozen=True)

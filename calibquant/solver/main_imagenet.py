@@ -155,6 +155,8 @@ def reconstruct_and_report(
             100 * result.rounded_away,
             100 * result.unconverged,
         )
+        if result.held_out_before is not None:
+            logger.info("  on images held out %.5g -> %.5g", result.held_out_before, result.held_out_after)
         if result.reverted:
             logger.warning("unit %s: learning made it no better, kept as it was before", result.name)
         results.append(asdict(result) | peak_memory())

@@ -20,7 +20,7 @@ from calibquant.model.quant_layer import harden, layers
 from calibquant.model.quant_resnet import QuantResNet, Unit
 from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
 from calibquant.quantization.state import calibrating, full_precision
-from calibquant.solver.augment import views_of
+from calibquant.solver.augment import Rows, arrange, rows_of
 from calibquant.solver.caches import CACHE_TYPES, Activations, Store, UnitData, live_names, run_batched
 from calibquant.solver.compensate import compensate
 from calibquant.solver.learn import (
@@ -41,8 +41,9 @@ class UnitResult:
 
     Attributes:
         error_before, error_start, error_after: squared error of the unit's output against the float
-            network's, summed over channels and averaged over the rest, on all calibration images: with
-            calibrated ranges and nearest rounding, when learning began, and hardened.
+            network's, summed over channels and averaged over the rest, on the calibration images that it
+            learned from: with calibrated ranges and nearest rounding, when learning began, and hardened.
+        held_out_before, held_out_after: the same on the images held out, None where there are none.
         unconverged: share of weights whose soft rounding was not yet near 0 or 1 at the end.
         rounded_away: share of weights that did not go to their nearest grid point.
         reverted: learning made the unit worse or diverged, so that it was kept as it was before.
@@ -56,7 +57,22 @@ class UnitResult:
     unconverged: float = 0.0
     rounded_away: float = 0.0
     reverted: bool = False
+    held_out_before: float | None = None
+    held_out_after: float | None = None
     trace: list[TracePoint] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """A unit's error on the images that it learns from, and on those held out, if there are any."""
+
+    learned: float
+    held_out: float | None
+
+    @property
+    def deciding(self) -> float:
+        """The one by which a unit's learning is judged."""
+        return self.learned if self.held_out is None else self.held_out
 
 
 class Memory:
@@ -75,13 +91,13 @@ class Means:
     """What all units share: settings, the working device, where activations live, and how steps run.
 
     Attributes:
-        images: how many of the activations are of the images themselves; further views follow them.
+        rows: which of the activations are of the images themselves, of their views, or held out.
     """
 
     settings: ReconSettings
     device: torch.device
     store: Store
-    images: int
+    rows: Rows
     progress: Progress = plain_steps
     engine: Engine = field(default_factory=Engine)
     peers: Peers = field(default_factory=Peers)
@@ -112,9 +128,10 @@ def reconstruct(
     memory = memory or Memory()
     device = next(model.buffers()).device
     store = store or store_for(settings, device)
-    means = Means(settings, device, store, len(images), progress, engine or Engine(), peers or Peers())
-    views = views_of(images, settings.views, seed + means.peers.rank)
-    activations = Activations(views.to(store.device).contiguous(memory_format=torch.channels_last))
+    rows = rows_of(len(images), settings.views, settings.held_out)
+    means = Means(settings, device, store, rows, progress, engine or Engine(), peers or Peers())
+    arranged = arrange(images, rows, seed + means.peers.rank)
+    activations = Activations(arranged.to(store.device).contiguous(memory_format=torch.channels_last))
     units = model.units(settings.granularity, settings.merge)
     with float32_precision(settings.precision):
         for index, unit in enumerate(units):
@@ -171,27 +188,31 @@ def reconstruct_unit(unit: Unit, data: UnitData, means: Means, generator: torch.
     settings = means.settings
     if settings.ranges == "quantized":
         set_ranges(unit.module, data, means)
-    before = start = output_error(unit.module, data, means)
+    before = start = unit_errors(unit.module, data, means)
+    learned = data.part(slice(means.rows.views))
     kept = copy.deepcopy(unit.parts)
     if settings.compensate:
-        compensate(unit, data, settings.batch_size, settings.drop_prob, generator, means.peers)
-        start = output_error(unit.module, data, means)
-        if not start <= before:  # NaN is worse, too
+        compensate(unit, learned, settings.batch_size, settings.drop_prob, generator, means.peers)
+        start = unit_errors(unit.module, data, means)
+        if not start.deciding <= before.deciding:  # NaN is worse, too
             take_back(unit, kept)
             start = before
         kept = copy.deepcopy(unit.parts)  # what learning must not make worse
-    result = UnitResult(unit.name, before, start, error_after=math.inf)
+    result = UnitResult(unit.name, before.learned, start.learned)
     result.trace, result.unconverged = learn_unit(
-        unit, data, settings, generator, means.progress, means.engine, means.peers
+        unit, learned, settings, generator, means.progress, means.engine, means.peers
     )
+    after = Errors(math.inf, None)
     if learned_is_finite(unit.module):
         result.rounded_away = rounded_away(unit.module)
         harden(unit.module)
-        result.error_after = output_error(unit.module, data, means)
-    if not result.error_after <= start:
+        after = unit_errors(unit.module, data, means)
+    if not after.deciding <= start.deciding:
         take_back(unit, kept)
         harden(unit.module)
-        result.error_after, result.rounded_away, result.reverted = start, 0.0, True
+        after, result.rounded_away, result.reverted = start, 0.0, True
+    result.error_after = after.learned
+    result.held_out_before, result.held_out_after = before.held_out, after.held_out
     return result
 
 
@@ -207,25 +228,34 @@ def set_ranges(module: nn.Module, data: UnitData, means: Means) -> None:
     Of several processes the first one's images count.
     """
     with calibrating(module):
-        for inputs, _ in image_batches(data, means):
+        for inputs, _ in image_batches(data.part(slice(means.rows.images)), means):
             module(*inputs)
     means.peers.match(module)
 
 
+def unit_errors(module: nn.Module, data: UnitData, means: Means) -> Errors:
+    """A unit's errors on the images themselves, without their other views, and on those held out."""
+    rows = means.rows
+    learned = output_error(module, data.part(slice(rows.images)), means)
+    if not rows.held_out:
+        return Errors(learned, None)
+    return Errors(learned, output_error(module, data.part(slice(rows.views, None)), means))
+
+
 @torch.no_grad()
 def output_error(module: nn.Module, data: UnitData, means: Means) -> float:
-    """Error of a unit's output against its target on all images, of all processes."""
-    total = 0.0
+    """Error of a unit's output against its target on the data's images, of all processes."""
+    total, count = 0.0, len(data.target)
     for inputs, target in image_batches(data, means):
         total += float(reconstruction_loss(module(*inputs), target)) * len(target)
-    return means.peers.mean(total / means.images, means.images)
+    return means.peers.mean(total / count, count)
 
 
 def image_batches(data: UnitData, means: Means) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """A unit's quantized inputs and its target for the images themselves, without their other views."""
+    """A unit's quantized inputs and its target, some images at a time."""
     size = means.settings.batch_size
-    for start in range(0, means.images, size):
-        rows = slice(start, min(start + size, means.images))
+    for start in range(0, len(data.target), size):
+        rows = slice(start, start + size)
         *inputs, target = (x[rows].to(means.device, torch.float32) for x in (*data.quantized, data.target))
         yield inputs, target
 
