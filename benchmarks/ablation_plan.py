@@ -39,12 +39,15 @@ PRESETS: dict[str, Edits] = {
         "quant.recon.merge": [],
         "quant.recon.views": 1,
         "quant.recon.held_out": 0.0,
+        "data.sharpness": [1, 1],
     },
 }
 """Variants that need no edits: the config as it is, and what it has beyond QDrop (ICLR 2022) taken off.
 
 Learning rates stay the config's; ``qdrop=exp/.../qdrop.yaml`` takes QDrop's own."""
-MAY_DIFFER = re.compile(r"quant\.|data\.augment$")
+OF_CALIBRATION_IMAGES = ("data.augment", "data.sharpness")
+"""Keys outside of `quant` that say how calibration images, and they alone, are read."""
+MAY_DIFFER = re.compile("|".join([r"quant\.", *map(re.escape, OF_CALIBRATION_IMAGES)]))
 """Keys that variants may edit: others settle the float network, or the images that all are scored on."""
 NOT_THE_RESULT = ("model.path", "data.path", "data.calibration", *HARMLESS)
 """Keys whose values do not tell runs apart: weights and images are hashed themselves."""
@@ -52,7 +55,10 @@ NOT_THE_RESULT = ("model.path", "data.path", "data.calibration", *HARMLESS)
 
 @dataclass(frozen=True)
 class Variant:
-    """A name, a `quant` section that takes the config's place (None: the config's own), and edits."""
+    """A name, a `quant` section that takes the config's place (None: the config's own), and edits.
+
+    Where the section is a file's, edits say how that file's calibration images are read, too.
+    """
 
     name: str
     quant: Mapping[str, Any] | None
@@ -103,7 +109,9 @@ def parse_variant(given: str) -> Variant:
         raise UserError(f"{what}: allowed is NAME or NAME=YAML, and then ,KEY=VALUE as often as you like")
     edits = {key: _value(text, what) for key, _, text in (pair.partition("=") for pair in pairs)}
     if equals:
-        return Variant(name, plain(load_config(path))["quant"], edits)
+        own = load_config(path)
+        read = {key: lookup(own, key) for key in OF_CALIBRATION_IMAGES}
+        return Variant(name, plain(own)["quant"], {**read, **edits})
     if name not in PRESETS and not edits:
         raise UserError(f"{what}: changes nothing; allowed without KEY=VALUE are {', '.join(PRESETS)}")
     edited_preset = name in PRESETS and bool(edits)
@@ -171,9 +179,8 @@ def variant_config(raw: Mapping[str, Any], variant: Variant, overrides: Edits, w
     config = check_config(edited(start, {**overrides, **variant.edits}), what)
     for path in variant.edits:
         if not MAY_DIFFER.match(path):
-            raise UserError(
-                f"{what}: {path} must be the same for all, allowed are quant.* and data.augment"
-            )
+            allowed = f"quant.*, {' and '.join(OF_CALIBRATION_IMAGES)}"
+            raise UserError(f"{what}: {path} must be the same for all, allowed are {allowed}")
     return config
 
 

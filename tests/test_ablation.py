@@ -96,7 +96,7 @@ def test_a_variant_is_a_preset_a_file_or_edits(tmp_path):
     assert both.name.startswith("ours,") and parse_variant("mine,quant.equalize.iters=5").name == "mine"
     other = parse_variant(f"other={write_config(tmp_path, quant__equalize__iters=5)},quant.calibrate=5")
     assert other.name == "other" and other.quant is not None and other.quant["equalize"]["iters"] == 5
-    assert other.edits == {"quant.calibrate": 5}
+    assert other.edits == {"data.augment": "none", "data.sharpness": [1, 1], "quant.calibrate": 5}
 
 
 @pytest.mark.parametrize("text", ["qdorp", "", "quant.equalize.iters=5", "a b", "ours,quant.equalize"])

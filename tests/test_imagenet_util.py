@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from easydict import EasyDict
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch import Tensor, nn
 from torchvision.models import ResNet101_Weights
 
@@ -19,6 +19,7 @@ from calibquant.solver.config import check_config
 from calibquant.solver.imagenet_util import (
     Batch,
     ImageDataset,
+    RandomSharpness,
     Score,
     Unreadable,
     class_names,
@@ -194,10 +195,10 @@ def test_any_colour_mode_becomes_three_channels(root: Path, mode: str) -> None:
     assert isinstance(image, Tensor) and image.shape == (3, 6, 6)
 
 
-def test_random_crops_do_not_depend_on_the_number_of_workers(root: Path) -> None:
+@pytest.mark.parametrize("random", [{"augment": "crop_flip"}, {"sharpness": [0.5, 4]}])
+def test_random_changes_do_not_depend_on_the_number_of_workers(root: Path, random: dict[str, Any]) -> None:
     several = [
-        load_calibration(make_config(root, augment="crop_flip", num_workers=workers)).images
-        for workers in (0, 1, 2)
+        load_calibration(make_config(root, num_workers=workers, **random)).images for workers in (0, 1, 2)
     ]
     assert torch.equal(several[0], several[1]) and torch.equal(several[0], several[2])
 
@@ -209,6 +210,36 @@ def test_random_crops_differ_by_seed_by_image_and_from_the_centre(root: Path) ->
     views = [dataset[0][0], dataset[1][0], other[0][0]]
     assert torch.equal(views[0], dataset[0][0])
     assert not any(torch.equal(views[a], views[b]) for a, b in ((0, 1), (0, 2)))
+
+
+def test_sharpness_is_pillows_by_factors_that_fill_their_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    factors: list[float] = []
+    pillow = ImageEnhance.Sharpness.enhance
+
+    def enhance(self: ImageEnhance.Sharpness, factor: float) -> Image.Image:
+        factors.append(factor)
+        return pillow(self, factor)
+
+    monkeypatch.setattr(ImageEnhance.Sharpness, "enhance", enhance)
+    image, change = noise(1), RandomSharpness(0.5, 4)
+    changed = [change(image) for _ in range(200)]
+    assert 0.5 <= min(factors) < 0.55 and 3.6 < max(factors) <= 4
+    assert sum(factor < 2**0.5 for factor in factors) / 200 == pytest.approx(0.5, abs=0.1)  # in octaves
+    monkeypatch.undo()
+    for found, factor in zip(changed[:5], factors, strict=False):
+        assert found.tobytes() == ImageEnhance.Sharpness(image).enhance(factor).tobytes()
+
+
+def test_sharpness_is_of_calibration_images_alone_and_a_factor_of_1_keeps_them(root: Path) -> None:
+    plain, kept, changed = (
+        make_config(root, sharpness=sharpness) for sharpness in ([1, 1], [0.9999999, 1], [2, 2])
+    )
+    images = [load_calibration(config).images for config in (plain, kept, changed)]
+    torch.testing.assert_close(images[0], images[1], rtol=0, atol=0.02)  # one grey value
+    steps = [image.diff(dim=3).abs().mean(dim=(1, 2, 3)) for image in images]
+    assert (steps[2] > 1.2 * steps[0]).all()
+    scored = [next(iter(validation_loader(config))).images for config in (plain, changed)]
+    assert torch.equal(*scored)
 
 
 def test_reading_images_leaves_the_global_random_numbers_alone(root: Path) -> None:

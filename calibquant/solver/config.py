@@ -375,6 +375,12 @@ KEYS: list[Key] = [
         choice("none", "crop_flip"),
         "calibration images as for evaluation, or with the published random crop and flip",
     ),
+    Key(
+        "data.sharpness",
+        [1, 1],
+        sequence(number(0.01, 100), "a list of two numbers from 0.01 to 100", 2),
+        "range of a random factor of each calibration image's sharpness; 1 keeps it",
+    ),
     Key("data.skip_unreadable", False, BOOLEAN, "skip and count unreadable images instead of stopping"),
     Key("process.seed", 1005, integer(0, 2**32 - 1), "seed of every random draw"),
     Key(
@@ -586,6 +592,9 @@ def _check_combinations(config: EasyDict, where: str) -> None:
     start, end = recon.b_range
     if start < end:
         raise UserError(f"{where}: quant.recon.b_range is [{start:g}, {end:g}], allowed is a falling range")
+    low, high = config.data.sharpness
+    if low > high:
+        raise UserError(f"{where}: data.sharpness is [{low:g}, {high:g}], allowed is a rising range")
     if config.quant.overrides or recon.merge:
         key = "quant.overrides"
         try:  # the structure alone, without memory

@@ -1,5 +1,6 @@
 """Image files read as calibration reads them, a batch in memory at a time, each batch with its files."""
 
+import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,13 @@ from calibquant.solver.imagenet_util import (
 )
 
 logger = logging.getLogger("calibquant")
+
+
+def as_they_are(config: EasyDict) -> EasyDict:
+    """The config with images at their own sharpness: for judging images, which chance must not change."""
+    config = copy.deepcopy(config)
+    config.data.sharpness = [1, 1]
+    return config
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor
 from calibquant.errors import UserError, printable
 from calibquant.model.quant_layer import calibrate_weights
 from calibquant.solver.calibration_score import float_reference, ranges_cost, statistics_distances
-from calibquant.solver.image_reader import Reader
+from calibquant.solver.image_reader import Reader, as_they_are
 from calibquant.solver.imagenet_util import content_hash, list_samples, subfolders
 from calibquant.solver.pipeline import float_model, quantize_model
 from calibquant.solver.probe import Cost
@@ -107,7 +107,7 @@ def rank_sets(
         UserError: an image is unreadable (unless `data.skip_unreadable`), a set has no readable one, or
             the network's weights are not as they must be.
     """
-    reader = Reader(config, device, skip=config.data.skip_unreadable)
+    reader = Reader(as_they_are(config), device, skip=config.data.skip_unreadable)
     # a set of links and the train folder that it links to share their images
     sets = [ImageSet(one.given, [path.resolve() for path in one.paths], one.names) for one in sets]
     union = list(dict.fromkeys(path for one in sets for path in one.paths))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from calibquant.errors import UserError
 from calibquant.solver.activation_statistics import channel_weights, image_moments
-from calibquant.solver.image_reader import Reader
+from calibquant.solver.image_reader import Reader, as_they_are
 from calibquant.solver.imagenet_util import imagenet_wnids, is_image, read_image, subfolders
 from calibquant.solver.pipeline import float_model
 from calibquant.solver.script import one_line
@@ -167,7 +167,7 @@ class PoolReader:
         model = float_model(self.config).to(self.device)
         weights = channel_weights(model)
         moments = torch.empty(len(files), 2, len(weights))
-        reader = Reader(self.config, self.device, skip=True)
+        reader = Reader(as_they_are(self.config), self.device, skip=True)
         read: list[str] = []
         taken, waiting = set(files), files
         while waiting:
