@@ -183,12 +183,12 @@ def floor(unit: Unit, data: UnitData, settings: ReconSettings, steps: int) -> tu
         calls.append((layer, args[0].detach(), args[0].requires_grad))
 
     convolutions = [m for m in module.modules() if isinstance(m, QuantConv2d)]
-    logits = [q.logits for q in start_rounding(module, replace(settings, iters=1)) if q.logits is not None]
+    learned = [r.learned for r in start_rounding(module, replace(settings, iters=1)).values()]
     for convolution in convolutions:
         convolution.register_forward_hook(note)
     inputs = [x[: settings.batch_size].to(device).float() for x in data.quantized]
     qparams = [p for _, q in quantizers(module) for p in q.learned_qparams()]
-    with learning([*logits, *qparams]):
+    with learning([*learned, *qparams]):
         module(*inputs)
     seconds = []
     for _ in range(steps):

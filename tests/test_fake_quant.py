@@ -20,6 +20,7 @@ from calibquant.quantization.fake_quant import (
     Role,
 )
 from calibquant.quantization.observer import PER_TENSOR
+from calibquant.quantization.rounding import ROUNDINGS, Rounding, SoftRounding, StraightThroughRounding
 
 ALL_QUANTIZERS = pytest.mark.parametrize("name", QUANTIZERS)
 ALL_BITS = pytest.mark.parametrize("bits", range(2, 9))
@@ -43,11 +44,19 @@ def calibrated(
     return quantizer
 
 
-def learning_rounding(bits: int, symmetric: bool, ch_axis: int) -> AdaRoundFakeQuantize:
+def learning_rounding(
+    bits: int, symmetric: bool, ch_axis: int, kind: type[Rounding] = SoftRounding
+) -> tuple[FakeQuantize, Tensor]:
+    """A quantizer that learns the rounding of `some_weight`, and what it learns, one number a weight."""
     quantizer = calibrated("AdaRoundFakeQuantize", some_weight(), bits, symmetric, ch_axis)
     assert isinstance(quantizer, AdaRoundFakeQuantize)
-    quantizer.start_rounding(some_weight())
-    return quantizer
+    return quantizer, quantizer.start_rounding(some_weight(), kind).learned
+
+
+def grid_of(quantizer: FakeQuantize, ndim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Step size, and the bounds of the grid in steps from zero."""
+    scale, zero_point = quantizer.hard_qparams(ndim)
+    return scale, quantizer.quant_min - zero_point, quantizer.quant_max - zero_point
 
 
 def drift(quantizer: FakeQuantize) -> None:
@@ -195,10 +204,10 @@ def test_an_integer_weight_equals_the_nearest_rounded_weight_bit_for_bit(name, c
 @BOTH_SIGNS
 def test_soft_rounding_starts_at_the_weight_itself(ch_axis, symmetric):
     weight = some_weight()
-    quantizer = learning_rounding(3, symmetric, ch_axis)
-    scale, zero_point = quantizer.qparams(weight.ndim)
-    low, high = ((bound - zero_point) * scale for bound in (quantizer.quant_min, quantizer.quant_max))
-    torch.testing.assert_close(quantizer(weight), weight.clamp(low, high), rtol=1e-5, atol=1e-6)
+    quantizer, _ = learning_rounding(3, symmetric, ch_axis)
+    scale, low, high = grid_of(quantizer, weight.ndim)
+    expected = weight.clamp(low * scale, high * scale)
+    torch.testing.assert_close(quantizer(weight), expected, rtol=1e-5, atol=1e-6)
 
 
 @BOTH_AXES
@@ -206,33 +215,56 @@ def test_soft_rounding_starts_at_the_weight_itself(ch_axis, symmetric):
 @ALL_BITS
 def test_learned_rounding_goes_up_exactly_where_the_logit_is_not_negative(ch_axis, symmetric, bits):
     weight = some_weight()
-    quantizer = learning_rounding(bits, symmetric, ch_axis)
-    quantizer.logits.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
-    quantizer.logits.data.view(-1)[0] = 0.0
-    scale, zero_point = quantizer.qparams(weight.ndim)
-    up = torch.where(quantizer.logits >= 0, torch.ceil(weight / scale), torch.floor(weight / scale))
-    levels = torch.clamp(up, quantizer.quant_min - zero_point, quantizer.quant_max - zero_point)
+    quantizer, logits = learning_rounding(bits, symmetric, ch_axis)
+    logits.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    logits.data.view(-1)[0] = 0.0
+    scale, low, high = grid_of(quantizer, weight.ndim)
+    up = torch.where(logits >= 0, torch.ceil(weight / scale), torch.floor(weight / scale))
+    levels = torch.clamp(up, low, high)
     assert torch.equal(IntegerWeight.harden(quantizer, weight).dequantize(), levels * scale)
 
 
 def test_settled_soft_rounding_equals_hard_rounding():
     weight = some_weight()
-    quantizer = learning_rounding(3, False, 0)
-    quantizer.logits.data = torch.where(torch.rand(weight.shape) < 0.5, -5.0, 5.0)
+    quantizer, logits = learning_rounding(3, False, 0)
+    logits.data = torch.where(torch.rand(weight.shape) < 0.5, -5.0, 5.0)
     assert torch.equal(quantizer(weight), IntegerWeight.harden(quantizer, weight).dequantize())
 
 
-def test_rounding_logits_get_gradients_and_the_step_gets_none():
-    quantizer = learning_rounding(4, False, 0)
+@pytest.mark.parametrize("kind", ROUNDINGS.values())
+def test_what_rounding_learns_gets_gradients_and_the_step_gets_none(kind):
+    quantizer, learned = learning_rounding(4, False, 0, kind)
     quantizer(some_weight()).sum().backward()
-    assert bool((quantizer.logits.grad != 0).any())
+    assert learned.grad is not None and bool((learned.grad != 0).any())
     assert quantizer.scale.grad is None
 
 
-def test_soft_rounding_needs_rounding_to_be_learned():
-    quantizer = calibrated("AdaRoundFakeQuantize", some_weight())
-    with pytest.raises(RuntimeError, match="only while rounding is learned"):
-        quantizer.soft_rounding()
+@BOTH_AXES
+@BOTH_SIGNS
+@ALL_BITS
+def test_straight_through_rounding_starts_at_nearest_and_learning_uses_what_is_deployed(
+    ch_axis, symmetric, bits
+):
+    weight = some_weight()
+    quantizer, learned = learning_rounding(bits, symmetric, ch_axis, StraightThroughRounding)
+    nearest = calibrated("FixedFakeQuantize", weight, bits, symmetric, ch_axis)
+    torch.testing.assert_close(quantizer(weight), nearest(weight), rtol=1e-6, atol=1e-7)
+    learned.data += 3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    scale, low, high = grid_of(quantizer, weight.ndim)
+    expected = torch.round(learned.detach()).clamp(low, high)  # several steps away, but on the grid
+    integers = IntegerWeight.harden(quantizer, weight)
+    assert torch.equal(integers.dequantize(), expected * scale)
+    torch.testing.assert_close(quantizer(weight).detach(), integers.dequantize(), rtol=1e-6, atol=1e-7)
+
+
+def test_straight_through_gradient_is_that_of_the_rounded_weight_also_for_weights_beyond_the_grid():
+    weight = some_weight()
+    quantizer, learned = learning_rounding(2, False, 0, StraightThroughRounding)
+    factor = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    (quantizer(weight) * factor).sum().backward()
+    scale, low, high = grid_of(quantizer, weight.ndim)
+    assert bool(((weight / scale < low) | (weight / scale > high)).any())
+    torch.testing.assert_close(learned.grad, factor * scale)
 
 
 @ALL_QUANTIZERS

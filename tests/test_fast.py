@@ -48,20 +48,24 @@ def assert_same_road(plain, fast_results, tolerance=1e-3):
 
 
 @pytest.mark.parametrize(
-    ("arch", "width", "places", "quantizer"),
+    ("arch", "width", "places", "quantizer", "round_mode"),
     [
-        ("resnet18", 4, [0, 1, 3], "LSQFakeQuantize"),  # the stem, blocks without and with a projection
-        ("resnet18", 4, [9], "LSQFakeQuantize"),  # the classifier
-        ("resnet50", 8, [1], "LSQPlusFakeQuantize"),  # a bottleneck, learned zero-points
+        # the stem, blocks without and with a projection
+        ("resnet18", 4, [0, 1, 3], "LSQFakeQuantize", "learned_hard_sigmoid"),
+        ("resnet18", 4, [9], "LSQFakeQuantize", "learned_hard_sigmoid"),  # the classifier
+        # a bottleneck, learned zero-points
+        ("resnet50", 8, [1], "LSQPlusFakeQuantize", "learned_hard_sigmoid"),
+        ("resnet18", 4, [3], "LSQFakeQuantize", "straight_through"),
     ],
 )
 def test_compiled_steps_follow_the_plain_ones_on_every_type_of_unit(
-    tmp_path, arch, width, places, quantizer
+    tmp_path, arch, width, places, quantizer, round_mode
 ):
     changes = {
         "model__type": arch,
         "model__kwargs__base_width": width,
         "quant__a_qconfig__quantizer": quantizer,
+        "quant__recon__round_mode": round_mode,
     }
     model, plain = run(Engine(), **changes)
     compiled_model, compiled = run(ChosenUnits(places), **changes)

@@ -17,6 +17,7 @@ from calibquant.quantization.fake_quant import (
     QuantizerConfig,
     Role,
 )
+from calibquant.quantization.rounding import ROUNDINGS
 from calibquant.quantization.state import calibrating, full_precision, quantizers
 
 BLOCKS = ["layer1.0", "layer1.1", "layer2.0", "layer3.0", "layer4.0"]
@@ -191,17 +192,18 @@ def test_hardening_keeps_the_logits_bit_for_bit_and_leaves_nothing_to_learn(bott
     assert not list(model.parameters())
 
 
-def test_hardening_settles_learned_rounding_and_forgets_its_logits():
+@pytest.mark.parametrize("kind", ROUNDINGS.values())
+def test_hardening_settles_learned_rounding_and_forgets_what_it_learned(kind):
     model = calibrated(bottleneck=True)
     for _, layer in layers(model):
         assert isinstance(layer.weight_quantizer, AdaRoundFakeQuantize)
-        logits = layer.weight_quantizer.start_rounding(layer.weight)
-        logits.data = torch.where(torch.rand_like(logits) < 0.5, -5.0, 5.0)
+        learned = layer.weight_quantizer.start_rounding(layer.weight, kind).learned
+        learned.data = torch.where(torch.rand_like(learned) < 0.5, -5.0, 5.0)
     with torch.no_grad():
         before = model(images())
         harden(model)
         torch.testing.assert_close(model(images()), before, rtol=1e-4, atol=1e-4)
-    assert not [key for key in model.state_dict() if "logits" in key or "floor" in key]
+    assert not [key for key in model.state_dict() if "rounding" in key]
 
 
 def test_a_hardened_layers_weight_is_what_its_integers_stand_for():

@@ -49,7 +49,7 @@ def test_nothing_learned_is_left_afterwards(granularity, quantizer):
     assert all(isinstance(layer.weight_quantizer, IntegerWeight) for _, layer in layers(model))
     assert all(type(q) is FixedFakeQuantize for _, q in quantizers(model))
     assert not list(model.parameters())
-    assert not any("logits" in key or "floor" in key for key in model.state_dict())
+    assert not any("rounding" in key for key in model.state_dict())
 
 
 @pytest.mark.parametrize("granularity", ["block", "layer"])
@@ -91,6 +91,20 @@ def test_the_same_seed_gives_the_same_network_bit_for_bit_and_another_seed_anoth
         not torch.equal(a, b)
         for a, b in zip(first.state_dict().values(), other.state_dict().values(), strict=True)
     )
+
+
+def test_straight_through_rounding_lowers_every_units_error_and_may_move_weights_several_steps():
+    changes = dict(quant__recon__round_mode="straight_through", quant__recon__round_lr=0.03)
+    model, results = run(quant__recon__iters=200, **changes)
+    nearest, _ = run(quant__recon__iters=0)
+    assert all(r.unconverged == 0 and r.error_after <= r.error_before for r in results)
+    assert sum(r.reverted for r in results) < len(results) / 4
+    assert all(point.rounding == 0 for r in results for point in r.trace)
+    moved = [
+        (a.weight_quantizer.codes.float() - b.weight_quantizer.codes.float()).abs().max()
+        for (_, a), (_, b) in zip(layers(model), layers(nearest), strict=True)
+    ]
+    assert float(max(moved)) >= 2
 
 
 def test_zero_steps_or_nearest_rounding_with_fixed_steps_change_only_the_representation():

@@ -1,9 +1,9 @@
 """Quantizers: modules that own the qparams of one weight or activation and simulate its integers.
 
 What varies is what can be learned: nothing (`FixedFakeQuantize`), the step size (`LSQFakeQuantize`,
-Esser et al. 2020), step size and zero-point (`LSQPlusFakeQuantize`, Bhalgat et al. 2020), or whether
-each weight rounds up or down (`AdaRoundFakeQuantize`, Nagel et al. 2020). `IntegerWeight` is what a
-weight's quantizer becomes once that is settled. All arithmetic is in :mod:`affine`.
+Esser et al. 2020), step size and zero-point (`LSQPlusFakeQuantize`, Bhalgat et al. 2020), or where
+each weight rounds to (`AdaRoundFakeQuantize`, Nagel et al. 2020; see :mod:`rounding`). `IntegerWeight`
+is what a weight's quantizer becomes once that is settled. All arithmetic is in :mod:`affine`.
 """
 
 from dataclasses import dataclass
@@ -18,16 +18,14 @@ from calibquant.quantization.affine import (
     choose_qparams_affine,
     dequantize_affine,
     fake_quantize_affine,
-    initial_rounding_logits,
     lsq_grad_factor,
     quant_bounds,
     quantize_affine,
-    rectified_sigmoid,
-    round_from_floor,
 )
 from calibquant.quantization.drop import Drop
 from calibquant.quantization.observer import OBSERVERS, Observer
 from calibquant.quantization.range_search import Grid
+from calibquant.quantization.rounding import Rounding, SoftRounding
 
 
 class Role(Enum):
@@ -162,52 +160,35 @@ class LSQPlusFakeQuantize(FakeQuantize):
 
 
 class AdaRoundFakeQuantize(FakeQuantize):
-    """Weights only: each weight's rounding, up or down, is learned (Nagel et al. 2020).
+    """Weights only: where each weight rounds to is learned (Nagel et al. 2020).
 
-    Between :meth:`start_rounding` and the layer's hardening there are rounding logits, one per
-    weight, and the floor of the scaled weight; outside of that rounding is to nearest.
+    Between :meth:`start_rounding` and the layer's hardening it has a :class:`Rounding`, which owns what is
+    learned; outside of that rounding is to nearest.
     """
 
-    logits: nn.Parameter | None
-    floor: Tensor | None
+    rounding: Rounding | None
 
     def __init__(
         self, bits: int, symmetric: bool, ch_axis: int, observer: type[Observer], role: Role
     ) -> None:
         super().__init__(bits, symmetric, ch_axis, observer, role)
-        self.register_parameter("logits", None)
-        self.register_buffer("floor", None, persistent=False)
+        self.rounding = None
 
-    def start_rounding(self, weight: Tensor) -> nn.Parameter:
-        """Make the rounding logits for a weight, so that soft rounding reproduces it; return them."""
-        scale, _ = self.hard_qparams(weight.ndim)
-        self.floor = torch.floor(weight / scale)
-        self.logits = nn.Parameter(initial_rounding_logits(weight, scale))
-        return self.logits
-
-    def soft_rounding(self) -> Tensor:
-        """How far up each weight is rounded, in [0, 1].
-
-        Raises:
-            RuntimeError: no rounding is being learned.
-        """
-        if self.logits is None:
-            raise RuntimeError("soft rounding exists only while rounding is learned")
-        return rectified_sigmoid(self.logits)
+    def start_rounding(self, weight: Tensor, kind: type[Rounding] = SoftRounding) -> Rounding:
+        """Begin to learn a weight's rounding in a way of the given kind; return what is learned."""
+        qparams = self.hard_qparams(weight.ndim)
+        self.rounding = kind.starting_at(weight, *qparams, self.quant_min, self.quant_max)
+        return self.rounding
 
     def quantize(self, x: Tensor) -> Tensor:
-        if self.floor is None:
-            return super().quantize(x)
-        scale, zero_point = self.qparams(x.ndim)
-        bounds = self.quant_min, self.quant_max
-        return round_from_floor(self.floor, self.soft_rounding(), scale, zero_point, *bounds)
+        return (
+            super().quantize(x) if self.rounding is None else self.rounding.rounded(*self.qparams(x.ndim))
+        )
 
     def codes(self, x: Tensor) -> Tensor:
-        if self.floor is None or self.logits is None:
+        if self.rounding is None:
             return super().codes(x)
-        _, zero_point = self.hard_qparams(x.ndim)
-        codes = self.floor + (self.logits >= 0) + zero_point
-        return codes.clamp(self.quant_min, self.quant_max)
+        return self.rounding.codes(self.hard_qparams(x.ndim)[1])
 
 
 class IntegerWeight(nn.Module):

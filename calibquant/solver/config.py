@@ -25,6 +25,7 @@ from calibquant.model.quant_resnet import End
 from calibquant.model.resnet import ARCHITECTURES
 from calibquant.quantization.fake_quant import QUANTIZERS
 from calibquant.quantization.observer import OBSERVERS
+from calibquant.quantization.rounding import ROUNDINGS
 from calibquant.solver.equalize import EqualizeSettings
 from calibquant.solver.learn import ReconSettings
 from calibquant.solver.pipeline import float_model_on_meta, quantize_model
@@ -220,7 +221,8 @@ KEYS: list[Key] = [
         "quant.recon.round_lr",
         RECON["round_lr"],
         number(0),
-        "Adam learning rate of rounding logits, constant",
+        "Adam learning rate of rounding logits, constant; in `straight_through` of weights in steps of "
+        "the grid, cosine to 0",
     ),
     Key(
         "quant.recon.warm_up",
@@ -250,8 +252,9 @@ KEYS: list[Key] = [
     Key(
         "quant.recon.round_mode",
         RECON["round_mode"],
-        choice("learned_hard_sigmoid", "nearest"),
-        "AdaRound's learned rounding of weights, or nearest",
+        choice(*ROUNDINGS, "nearest"),
+        "weights round up or down (AdaRound), or to any grid point (straight-through estimator), as is "
+        "learned, or to nearest",
     ),
     Key(
         "quant.recon.drop_prob",

@@ -18,15 +18,13 @@ from torch.nn import functional as F
 
 from calibquant.model.quant_layer import layers
 from calibquant.model.quant_resnet import Unit
-from calibquant.quantization.affine import rounding_regularizer
 from calibquant.quantization.drop import Draws, Drop
 from calibquant.quantization.fake_quant import AdaRoundFakeQuantize
+from calibquant.quantization.rounding import ROUNDINGS, Rounding
 from calibquant.quantization.state import dropping, quantizer_inputs, quantizers
 from calibquant.solver.caches import Batches, UnitData, batches_of
 from calibquant.solver.peers import Peers
 
-CONVERGED = 0.01
-"""A soft rounding this near to 0 or 1 counts as decided."""
 TRACE_POINTS = 50
 """Losses kept for each unit's curve."""
 
@@ -99,37 +97,43 @@ def learn_unit(
     engine: Engine,
     peers: Peers,
 ) -> tuple[list[TracePoint], float]:
-    """Learn a unit's rounding logits, step sizes and zero-points.
+    """Learn a unit's rounding of weights, step sizes and zero-points.
 
-    Where `weight_scale_lr` is set, weights' step sizes are learned as well, under floors that stay as they
-    were at the start (Genie-M, Jeon et al., CVPR 2023, section 3.3).
+    Where `weight_scale_lr` is set, weights' step sizes are learned as well, under integers that do not
+    follow them (Genie-M, Jeon et al., CVPR 2023, section 3.3).
 
     Returns:
         The losses on the way, and the share of weights whose rounding was undecided at the end.
     """
-    rounding = start_rounding(unit.module, settings) if settings.iters else []
-    logits = [q.logits for q in rounding if q.logits is not None]
+    rounding = start_rounding(unit.module, settings) if settings.iters else {}
     qparams = [p for _, q in quantizers(unit.module) for p in q.learned_qparams()]
-    if not settings.iters or not (logits or qparams):
+    if not settings.iters or not (rounding or qparams):
         return [], 0.0
     device = generator.device
-    scales = [q.scale for q in rounding] if settings.weight_scale_lr else []
-    learned: list[Tensor] = [*logits, *qparams, *scales]
+    weights = list(rounding.values())
+    staying = [r.learned for r in weights if not r.rate_falls]
+    starts: list[tuple[Sequence[Tensor], float]] = [
+        ([r.learned for r in weights if r.rate_falls], settings.round_lr),
+        (qparams, settings.scale_lr),
+    ]
+    if settings.weight_scale_lr:
+        starts += [([q.scale], settings.weight_scale_lr * float(q.scale.mean())) for q in rounding]
+    learned = [*staying, *(parameter for some, _ in starts for parameter in some)]
     order = batch_order(len(data.target), settings.batch_size, settings.iters, generator)
     batches = batches_of(data, order, device)
     mixing, inside, draws = places_to_drop(unit, batches, settings.drop_prob, generator)
     work = float(batches.target[0].numel() * batches.batch_size * settings.iters)
     objective = engine.objective(
-        unit_objective(unit.module, batches, mixing, rounding, settings.precision), work, device
+        unit_objective(unit.module, batches, mixing, weights, settings.precision), work, device
     )
     table = schedule(settings).to(device)
-    groups: list[dict[str, Any]] = [{"params": logits, "lr": settings.round_lr}] if logits else []
-    starts: list[tuple[Sequence[Tensor], float]] = [(qparams, settings.scale_lr)] if qparams else []
-    starts += [([scale], settings.weight_scale_lr * float(scale.mean())) for scale in scales]
+    constant: list[dict[str, Any]] = [{"params": staying, "lr": settings.round_lr}] if staying else []
     falling: list[dict[str, Any]] = [
-        {"params": some, "lr": torch.tensor(lr, device=device), "initial_lr": lr} for some, lr in starts
+        {"params": some, "lr": torch.tensor(lr, device=device), "initial_lr": lr}
+        for some, lr in starts
+        if some
     ]
-    optimizer = torch.optim.Adam([*groups, *falling], fused=True, capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam([*constant, *falling], fused=True, capturable=device.type == "cuda")
     counter = torch.zeros(1, dtype=torch.int64, device=device)
     trace = torch.zeros(settings.iters, 2, device=device)
 
@@ -159,14 +163,14 @@ def learn_unit(
     losses = trace[:done].cpu()
     finite = [n for n in points if n < done and bool(torch.isfinite(losses[n]).all())]
     curve = [TracePoint(n, *losses[n].tolist()) for n in finite]
-    return curve, unconverged(rounding)
+    return curve, unconverged(weights)
 
 
 def unit_objective(
     module: nn.Module,
     batches: Batches,
     mixing: list[Drop | None],
-    rounding: list[AdaRoundFakeQuantize],
+    rounding: list[Rounding],
     precision: str,
 ) -> Objective:
     """The function that a step differentiates: the unit's error on a batch, and the rounding penalty."""
@@ -179,8 +183,8 @@ def unit_objective(
             output = module(*inputs)
         error = reconstruction_loss(output.float(), batches.target[rows].float())
         penalty = error.new_zeros(())
-        for quantizer in rounding:
-            penalty = penalty + rounding_regularizer(quantizer.soft_rounding(), exponent)
+        for each in rounding:
+            penalty = penalty + each.penalty(exponent)
         return error, weight * penalty
 
     return objective
@@ -290,21 +294,18 @@ def learning(parameters: list[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(False).grad = None
 
 
-def start_rounding(module: nn.Module, settings: ReconSettings) -> list[AdaRoundFakeQuantize]:
-    """Make rounding logits for the weights whose rounding is to be learned."""
+def start_rounding(module: nn.Module, settings: ReconSettings) -> dict[AdaRoundFakeQuantize, Rounding]:
+    """Begin to learn the rounding of a module's weights where it can be learned; by their quantizers."""
     if settings.round_mode == "nearest":
-        return []
-    rounding = []
-    for _, layer in layers(module):
-        if isinstance(layer.weight_quantizer, AdaRoundFakeQuantize):
-            layer.weight_quantizer.start_rounding(layer.weight)
-            rounding.append(layer.weight_quantizer)
-    return rounding
+        return {}
+    found = [(layer, layer.weight_quantizer) for _, layer in layers(module)]
+    return {
+        quantizer: quantizer.start_rounding(layer.weight, ROUNDINGS[settings.round_mode])
+        for layer, quantizer in found
+        if isinstance(quantizer, AdaRoundFakeQuantize)
+    }
 
 
-@torch.no_grad()
-def unconverged(rounding: list[AdaRoundFakeQuantize]) -> float:
-    """Share of weights whose soft rounding is farther than 0.01 from both 0 and 1."""
-    soft = [q.soft_rounding() for q in rounding]
-    undecided = sum(int(((h > CONVERGED) & (h < 1 - CONVERGED)).sum()) for h in soft)
-    return undecided / max(1, sum(h.numel() for h in soft))
+def unconverged(rounding: Sequence[Rounding]) -> float:
+    """Share of weights whose rounding is not yet decided: farther than 0.01 from their grid point."""
+    return sum(r.undecided() for r in rounding) / max(1, sum(r.learned.numel() for r in rounding))

@@ -1,0 +1,128 @@
+"""How the rounding of a weight is learned: modules that own one learned number for each weight.
+
+`SoftRounding` moves each weight between the two grid points beside it (AdaRound, Nagel et al. 2020).
+`StraightThroughRounding` learns the weight itself, through the rounding as if it were not there (Bengio
+et al. 2013), so that it may go on to any grid point, as it may in FlexRound (Lee et al. 2023).
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from calibquant.quantization.affine import (
+    fake_quantize_affine,
+    initial_rounding_logits,
+    rectified_sigmoid,
+    round_from_floor,
+    rounding_regularizer,
+)
+
+CONVERGED = 0.01
+"""A soft rounding this near to 0 or 1 counts as decided."""
+BEYOND = 0.4
+"""Where the weights beyond the grid wait, in steps outside of it: within the half step that has a slope."""
+
+
+class Rounding(nn.Module):
+    """Base: one learned number for each weight, and the grid that the weight is rounded to.
+
+    Args:
+        start: learned numbers to start from, shaped as the weight.
+        quant_min, quant_max: bounds of the integer codes.
+
+    Attributes:
+        rate_falls: whether the learning rate falls along a cosine, or stays.
+    """
+
+    rate_falls: ClassVar[bool]
+
+    def __init__(self, start: Tensor, quant_min: int, quant_max: int) -> None:
+        super().__init__()
+        self.learned = nn.Parameter(start)
+        self.bounds = quant_min, quant_max
+
+    @classmethod
+    def starting_at(
+        cls, weight: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+    ) -> "Rounding":
+        """Begin at a weight; qparams broadcast over it, zero_point holds integers."""
+        raise NotImplementedError
+
+    def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """The weight as learning uses it, differentiable in what is learned and in ``scale``."""
+        raise NotImplementedError
+
+    def codes(self, zero_point: Tensor) -> Tensor:
+        """The integer codes, as floats, that the weight has got."""
+        raise NotImplementedError
+
+    def penalty(self, exponent: Tensor) -> Tensor:
+        """What is added to the loss, so that rounding is decided at the end; ``[]``."""
+        return self.learned.new_zeros(())
+
+    def undecided(self) -> int:
+        """How many weights are not yet on a grid point."""
+        return 0
+
+
+class SoftRounding(Rounding):
+    """How far up each weight is rounded, in [0, 1]: the rectified sigmoid of a logit (AdaRound, eq. 23)."""
+
+    rate_falls = False
+    floor: Tensor
+
+    @classmethod
+    def starting_at(
+        cls, weight: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+    ) -> "SoftRounding":
+        """Soft rounding that reproduces the weight."""
+        rounding = cls(initial_rounding_logits(weight, scale), quant_min, quant_max)
+        rounding.register_buffer("floor", torch.floor(weight / scale), persistent=False)
+        return rounding
+
+    def share(self) -> Tensor:
+        """How far up each weight is rounded, in [0, 1]."""
+        return rectified_sigmoid(self.learned)
+
+    def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return round_from_floor(self.floor, self.share(), scale, zero_point, *self.bounds)
+
+    def codes(self, zero_point: Tensor) -> Tensor:
+        return (self.floor + (self.learned >= 0) + zero_point).clamp(*self.bounds)
+
+    def penalty(self, exponent: Tensor) -> Tensor:
+        return rounding_regularizer(self.share(), exponent)
+
+    @torch.no_grad()
+    def undecided(self) -> int:
+        share = self.share()
+        return int(((share > CONVERGED) & (share < 1 - CONVERGED)).sum())
+
+
+class StraightThroughRounding(Rounding):
+    """The weight itself, in steps: rounded in each forward pass, learned by the rounded one's gradient."""
+
+    rate_falls = True
+
+    @classmethod
+    def starting_at(
+        cls, weight: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+    ) -> "StraightThroughRounding":
+        """Weights as they are; those beyond the grid wait beside it."""
+        low, high = quant_min - zero_point - BEYOND, quant_max - zero_point + BEYOND
+        return cls(torch.clamp(weight / scale, low, high), quant_min, quant_max)
+
+    def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        step = torch.ones_like(zero_point)
+        return fake_quantize_affine(self.learned, step, zero_point, *self.bounds) * scale
+
+    def codes(self, zero_point: Tensor) -> Tensor:
+        return (torch.round(self.learned) + zero_point).clamp(*self.bounds)
+
+
+ROUNDINGS: dict[str, type[Rounding]] = {
+    "learned_hard_sigmoid": SoftRounding,
+    "straight_through": StraightThroughRounding,
+}
+"""By `quant.recon.round_mode`; the first name is QDrop's."""
