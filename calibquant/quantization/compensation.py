@@ -7,8 +7,8 @@ GPTQ, Frantar et al., ICLR 2023). What is rounded is the weight that fits best t
 really gets, those of the quantized network (asymmetric calibration: GPTAQ, Li et al., ICML 2025).
 
 Everything is by groups: ``g`` is 1 but for grouped convolutions. A weight is ``[g, O, K]``, with ``O``
-output channels and ``K`` inputs to each; ``b`` stands for an input in the quantized network, ``a`` in the
-float one.
+output channels and ``K`` inputs to each; ``b`` stands for an input in the quantized network, and ``y`` for
+what the layer should give for it.
 """
 
 from dataclasses import dataclass
@@ -29,15 +29,15 @@ NEAREST, FARTHEST = 0.02, 0.15
 
 @dataclass(frozen=True)
 class Moments:
-    """Of a layer's inputs, ``a`` in the float and ``b`` in the quantized network.
+    """Of a layer's inputs ``b``, and of what its weight ``W`` gives too little.
 
     Attributes:
         second: ``E[b b^T]``, ``[g, K, K]``.
-        cross: ``E[(a - b) b^T]``, ``[g, K, K]``.
+        missing: ``E[(y - W b) b^T]``, ``[g, O, K]``.
     """
 
     second: Tensor
-    cross: Tensor
+    missing: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class WeightGrid:
 
 
 def added_error(weight: Tensor, other: Tensor, moments: Moments) -> float:
-    """Expected squared error of ``V b`` against ``W a``, less what it is with ``V = W``.
+    """Expected squared error of ``V b`` against ``y``, less what it is with ``V = W``.
 
     Args:
         weight, other: ``W`` and ``V``, ``[g, O, K]``.
     """
     change = weight - other
-    return float(((change @ moments.second + 2 * weight @ moments.cross) * change).sum())
+    return float(((change @ moments.second + 2 * moments.missing) * change).sum())
 
 
 def compensated_steps(
@@ -87,7 +87,7 @@ def compensated_steps(
     factor, failed = torch.linalg.cholesky_ex(damped(both_ways(moments.second, order), damping))
     if bool(failed.any()):
         return None
-    left = fit_to_inputs(columns(weight, order), both_ways(moments.cross, order), factor)
+    left = columns(weight, order) + regression(columns(moments.missing, order), factor)
     share, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
     if bool(failed.any()):
         return None
@@ -109,17 +109,16 @@ def compensated_steps(
     return columns(before, back), columns(after, back)
 
 
-def fit_to_inputs(weight: Tensor, cross: Tensor, factor: Tensor) -> Tensor:
-    """The weight that gives most nearly from ``b`` what ``weight`` gives from ``a``.
+def regression(missing: Tensor, factor: Tensor) -> Tensor:
+    """The change of the weight that gives most nearly from ``b`` what is missing.
 
-    Minimises ``E|W a - V b|^2 + d |V - W|^2`` over ``V``: a ridge regression towards ``weight``.
+    Minimises ``E|y - (W + D) b|^2 + d |D|^2`` over ``D``: a ridge regression.
 
     Args:
-        weight: ``W``, ``[g, O, K]``.
-        cross: ``E[(a - b) b^T]``, ``[g, K, K]``.
+        missing: ``E[(y - W b) b^T]``, ``[g, O, K]``.
         factor: lower Cholesky factor of ``E[b b^T] + d I``.
     """
-    return weight + torch.cholesky_solve((weight @ cross).mT, factor).mT
+    return torch.cholesky_solve(missing.mT, factor).mT
 
 
 def beside(before: Tensor, after: Tensor, grid: WeightGrid) -> Tensor:

@@ -6,13 +6,14 @@ the unit's own data.
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from calibquant.model.quant_layer import QuantConv2d, QuantLayer, QuantLinear, layers
-from calibquant.model.quant_resnet import Unit, layer_units
+from calibquant.model.quant_resnet import ResidualJoin, Unit, layer_units
 from calibquant.quantization.affine import SCALE_EPS
 from calibquant.quantization.compensation import Moments, WeightGrid, added_error, beside, compensated_steps
 from calibquant.quantization.fake_quant import FakeQuantize
@@ -30,6 +31,20 @@ WIDEST = 2.0
 """Largest factor, and its inverse the smallest, by which an input's spread is matched."""
 DAMPINGS = (10.0, 1.0, 0.1, 0.01)
 """Dampings that are tried, in this order, until one serves the images held out worse."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a layer is given for a batch: its inputs in both networks, and what is lost beside it.
+
+    Attributes:
+        lost: by how much the shortcut to which the layer's output is added falls short of the float one,
+            shaped as that output; None where nothing is added.
+    """
+
+    full: Tensor
+    quantized: Tensor
+    lost: Tensor | None = None
 
 
 @torch.no_grad()
@@ -58,18 +73,20 @@ def compensate(
         ((_, layer),) = layers(part.module)
         each = math.ceil(SAMPLES * layer.weight[0].numel() * batch / len(rows))
         given = layer_inputs(part, layer, here, there, batch, device)
-        moments = input_moments(layer, given, each, drop_prob, generator)
         if isinstance(layer, QuantLinear):
-            a, b = zip(*layer_inputs(part, layer, here, there, batch, device), strict=True)
-            match_inputs(layer, torch.cat(a), torch.cat(b), peers)
-            for some in moments:
-                some.cross.zero_()  # its weight is fitted already
-        peers.average([m for some in moments for m in (some.second, some.cross)])
-        compensate_layer(layer, *moments)
-        peers.match(part.module)  # the same to the last bit
-        if part is not parts[-1]:
+            seen = list(given)
+            match_inputs(
+                layer, torch.cat([x.full for x in seen]), torch.cat([x.quantized for x in seen]), peers
+            )
+            given = (Given(x.quantized, x.quantized) for x in seen)  # its weight is fitted already
+        sums = layer_sums(layer, given, each, drop_prob, generator)
+        peers.average([x for some in sums for x in vars(some).values()])
+        if part is not parts[-1]:  # while its weight is still the float network's
             with full_precision(part.module):
                 full[part.writes] = run_batched(part.module, here, batch, device, store)
+        compensate_layer(layer, *sums)
+        peers.match(part.module)  # the same to the last bit
+        if part is not parts[-1]:
             quantized[part.writes] = run_batched(part.module, there, batch, device, store)
 
 
@@ -91,53 +108,91 @@ def layer_inputs(
     quantized: list[Tensor],
     batch: int,
     device: torch.device,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """What a part's layer is given in the float and in the quantized network, batch by batch."""
+) -> Iterator[Given]:
+    """What a part's layer is given in both networks, batch by batch."""
     seen: list[Tensor] = []
     with watching({layer: seen.append}), full_precision(part.module):
         for start in range(0, len(full[0]), batch):
-            for inputs in (full, quantized):
-                part.module(*(x[start : start + batch].to(device, torch.float32) for x in inputs))
+            both = [
+                [x[start : start + batch].to(device, torch.float32) for x in inputs]
+                for inputs in (full, quantized)
+            ]
+            for inputs in both:
+                part.module(*inputs)
+            joins = isinstance(part.module, ResidualJoin)
             a, b = seen
             seen.clear()
-            yield a, b
+            yield Given(a, b, both[0][1] - both[1][1] if joins else None)
 
 
-def input_moments(
-    layer: QuantLayer,
-    given: Iterable[tuple[Tensor, Tensor]],
-    each: int,
-    drop_prob: float,
-    generator: torch.Generator,
-) -> tuple[Moments, Moments]:
-    """Moments of what a layer is given, at places drawn at random.
+@dataclass(frozen=True)
+class LayerSums:
+    """Averages over places drawn at random, for a layer whose inputs are ``a`` in the float network.
+
+    Its inputs here are ``b``, of which some are quantized; it should give ``y``.
+
+    Attributes:
+        second: of ``b b^T``, ``[g, K, K]``.
+        missing: of ``(y - W b) b^T``, ``[g, O, K]``.
+        input: of ``b``, ``[g, K, 1]``.
+        lacking: of ``y - W b``, ``[g, O, 1]``.
+        quantized: of ``b`` where all is quantized, ``[g, K, 1]``.
+        wanted: of ``y`` there, without the layer's bias, ``[g, O, 1]``.
+    """
+
+    second: Tensor
+    missing: Tensor
+    input: Tensor
+    lacking: Tensor
+    quantized: Tensor
+    wanted: Tensor
+
+    def moments(self) -> Moments:
+        """Central moments: a layer's bias takes care of the means."""
+        return Moments(
+            self.second - self.input @ self.input.mT, self.missing - self.lacking @ self.input.mT
+        )
+
+
+def layer_sums(
+    layer: QuantLayer, given: Iterable[Given], each: int, drop_prob: float, generator: torch.Generator
+) -> tuple[LayerSums, LayerSums]:
+    """What a layer is given and should give, averaged over places drawn at random.
+
+    It should give what it gives in the float network, and in the last layer of a residual block also what
+    the shortcut has lost.
 
     Args:
         given: batches of its inputs, as :func:`layer_inputs` gives them.
         each: places drawn of each batch.
 
     Returns:
-        Those of most batches, and those of the batches held out; of few batches both times the same.
+        That of most batches, and that of the batches held out; of few batches both times the same.
     """
-    device = generator.device
-    groups, size = groups_of(layer), layer.weight[0].numel()
-    sums = torch.zeros(2, 2, groups, size, size, device=device)
+    groups = groups_of(layer)
+    weight = by_group(layer.weight, groups)
+    sums: list[list[Tensor]] = [[], []]
     counts = [0, 0]
-    for number, pair in enumerate(given):
-        read = [windows(layer, x) for x in pair]
+    for number, one in enumerate(given):
+        read = [windows(layer, x) for x in (one.full, one.quantized)]
         shape = read[0].shape[:-3]
-        drawn = torch.randperm(shape.numel(), generator=generator, device=device)[:each]
+        drawn = torch.randperm(shape.numel(), generator=generator, device=generator.device)[:each]
         at = torch.unravel_index(drawn, shape)
-        a, b = (w[at].reshape(len(drawn), groups, size).transpose(0, 1) for w in read)
-        stays = torch.rand(b.shape, generator=generator, device=device) < drop_prob
-        b = torch.where(stays, b, a)
-        kept_back = int(number % HELD_OUT == HELD_OUT - 1)
-        sums[kept_back] += torch.stack((b.mT @ b, (a - b).mT @ b))
-        counts[kept_back] += len(drawn)
-    if not counts[1]:
-        sums[1], counts[1] = sums[0], counts[0]
-    learned, held_out = (Moments(*(some / count)) for some, count in zip(sums, counts, strict=True))
-    return learned, held_out
+        a, quantized = (x[at].reshape(len(drawn), groups, -1).permute(1, 2, 0) for x in read)
+        stays = torch.rand(a.shape, generator=generator, device=a.device) < drop_prob
+        b = torch.where(stays, quantized, a)
+        wanted, lacking = weight @ a, weight @ (a - b)
+        if one.lost is not None:
+            lost = one.lost.movedim(1, -1)[at].view(len(drawn), groups, -1).permute(1, 2, 0)
+            wanted += lost
+            lacking += drop_prob * lost
+        means = (x.sum(2, keepdim=True) for x in (b, lacking, quantized, wanted))
+        found = [b @ b.mT, lacking @ b.mT, *means]
+        part = int(number % HELD_OUT == HELD_OUT - 1)
+        sums[part] = [x + y for x, y in zip(sums[part], found, strict=True)] if sums[part] else found
+        counts[part] += len(drawn)
+    learned = LayerSums(*(x / counts[0] for x in sums[0]))
+    return learned, LayerSums(*(x / counts[1] for x in sums[1])) if counts[1] else learned
 
 
 def match_inputs(layer: QuantLinear, full: Tensor, quantized: Tensor, peers: Peers) -> None:
@@ -166,6 +221,11 @@ def groups_of(layer: QuantLayer) -> int:
     return layer.groups if isinstance(layer, QuantConv2d) else 1
 
 
+def by_group(weight: Tensor, groups: int) -> Tensor:
+    """A layer's weight as ``[g, O, K]``."""
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
 def windows(layer: QuantLayer, x: Tensor) -> Tensor:
     """A view of a layer's input by what each output reads: ``[..., C, kh, kw]``, before that the places."""
     if not isinstance(layer, QuantConv2d):
@@ -176,24 +236,33 @@ def windows(layer: QuantLayer, x: Tensor) -> Tensor:
     return found.permute(0, 2, 3, 1, 4, 5)
 
 
-def compensate_layer(layer: QuantLayer, learned: Moments, held_out: Moments) -> None:
-    """Replace one layer's weight, with the damping that serves the images held out best.
+def compensate_layer(layer: QuantLayer, learned: LayerSums, held_out: LayerSums) -> None:
+    """Replace one layer's weight, with the damping that serves the images held out best, and its bias.
 
-    Nothing changes where nearest rounding serves them better.
+    The weight stays where nearest rounding serves them better. The bias makes up for how far outputs are
+    off on average (bias correction, Nagel et al. 2019): pre-activations are mostly negative, so that what
+    shrinks them, as every regression on noisy inputs does, lets more of them through a ReLU.
     """
     quantizer = layer.weight_quantizer
     assert isinstance(quantizer, FakeQuantize)
     groups = groups_of(layer)
-    weight = layer.weight.reshape(groups, layer.weight.shape[0] // groups, -1)
+    weight = by_group(layer.weight, groups)
     scale, zero_point = (p.view(groups, -1, 1) if p.numel() > 1 else p for p in quantizer.hard_qparams())
     grid = WeightGrid(scale, zero_point, quantizer.quant_min, quantizer.quant_max)
-    nearest = added_error(weight, grid.steps(weight) * scale, held_out)
-    least, best = math.inf, None
+    moments, unseen = learned.moments(), held_out.moments()
+    rounded = grid.steps(weight) * scale
+    least, best = added_error(weight, rounded, unseen), None
+    last = math.inf
     for damping in DAMPINGS:
-        found = compensated_steps(weight, learned, damping, grid)
-        error = math.inf if found is None else added_error(weight, found[1] * scale, held_out)
-        if not error < least:
+        found = compensated_steps(weight, moments, damping, grid)
+        error = math.inf if found is None else added_error(weight, found[1] * scale, unseen)
+        if not error < last:
             break
-        least, best = error, found
-    if best is not None and least < nearest:
+        last = error
+        if found is not None and error < least:
+            least, best = error, found
+    if best is not None:
+        rounded = best[1] * scale
+    layer.bias += (learned.wanted - rounded @ learned.quantized).flatten()
+    if best is not None:
         layer.weight.copy_(beside(*best, grid).view_as(layer.weight))
