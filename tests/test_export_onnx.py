@@ -144,7 +144,7 @@ def test_class_names_must_be_as_many_as_the_outputs():
 @pytest.mark.skipif(not SAMPLE, reason="CALIBQUANT_IMAGENET_SAMPLE is not set")
 def test_the_real_resnet50_recognises_the_same_in_onnx_runtime(tmp_path):
     """At W4A4, with min-max ranges, which are quick to find."""
-    raw = plain(load_config(ROOT / "exp/w4a4/rs50_msra/config.yaml"))
+    raw = plain(load_config(ROOT / "exp/w4a4/rs50_msra/qdrop.yaml"))
     raw["quant"]["w_qconfig"]["observer"] = raw["quant"]["a_qconfig"]["observer"] = "MinMaxObserver"
     raw["data"]["num_workers"] = 0
     raw["quant"]["calibrate"] = 8

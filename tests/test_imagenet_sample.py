@@ -26,7 +26,7 @@ pytestmark = [
 
 def sample_config(**recon):
     """The published-budget config, with few images and min-max ranges, which are quick to find."""
-    raw = plain(load_config(ROOT / "exp/w4a4/rs50_msra/config.yaml"))
+    raw = plain(load_config(ROOT / "exp/w4a4/rs50_msra/qdrop.yaml"))
     raw["quant"]["w_qconfig"] |= {"observer": "MinMaxObserver", "bit": 8}
     raw["quant"]["a_qconfig"] |= {"observer": "MinMaxObserver", "bit": 8}
     raw["quant"]["calibrate"] = 16

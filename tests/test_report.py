@@ -77,7 +77,7 @@ def test_a_report_is_made_again_from_the_run_alone(real: Path) -> None:
 
 
 def test_the_result_of_a_repository_run_of_an_older_version_is_shown(tmp_path: Path) -> None:
-    old = json.loads((ROOT / "benchmarks/results/rs50_msra_w4a4.json").read_text())
+    old = json.loads((ROOT / "benchmarks/results/rs50_msra_w4a4_qdrop.json").read_text())
     parts = require_self_contained(run_page(read_run(write_run(tmp_path, old))))
     top1, size = old["quantized"]["top1"], old["checkpoint_mb"]
     assert f"{top1:.2f} %" in parts.text and f"{size:.2f} MB" in parts.text and "layer4.2" in parts.text
