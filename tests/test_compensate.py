@@ -35,6 +35,7 @@ from calibquant.solver.compensate import (
     windows,
 )
 from calibquant.solver.peers import Peers
+from tests import test_recon
 from tests.test_quant_resnet import BOTH_BLOCKS, calibrated, images
 from tests.test_recon import run
 
@@ -285,10 +286,13 @@ def test_a_network_is_far_better_before_anything_is_learned(granularity, quantiz
     assert all(isinstance(layer.weight_quantizer, IntegerWeight) for _, layer in layers(model))
 
 
-def test_learning_goes_on_from_there():
-    _, found = run(quant__recon__compensate=True, quant__recon__iters=60)
+def test_learning_goes_on_from_there(monkeypatch):
+    """Of many images: a dozen can be fitted so well beforehand that steps under dropping find no better."""
+    many = torch.randn(128, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(test_recon, "IMAGES", many)
+    _, found = run(quant__recon__compensate=True, quant__recon__iters=200)
     assert all(result.error_after <= result.error_start <= result.error_before for result in found)
-    assert any(result.error_after < result.error_start for result in found)
+    assert sum(result.error_after < result.error_start for result in found) > len(found) / 2
 
 
 @BOTH_BLOCKS
