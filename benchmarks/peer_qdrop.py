@@ -29,7 +29,7 @@ class PeerUnits:
     """The peer's quantized network, with min-max ranges, as a list of its reconstruction units.
 
     Raises:
-        UserError: the folder is no checkout of QDrop.
+        UserError: the folder is no checkout of QDrop, or the config's rounding is none that QDrop has.
     """
 
     def __init__(
@@ -37,6 +37,11 @@ class PeerUnits:
     ) -> None:
         if not (folder / "qdrop" / "solver" / "recon.py").is_file():
             raise UserError(f"--peer {folder}: holds no qdrop/solver/recon.py; allowed is a QDrop checkout")
+        mode = config.quant.recon.round_mode
+        if mode != "learned_hard_sigmoid":
+            raise UserError(
+                f"--peer: quant.recon.round_mode is {mode}, allowed is QDrop's own, learned_hard_sigmoid"
+            )
         sys.path[1:1] = [str(folder), str(folder / "qdrop" / "solver")]
         logging.getLogger("qdrop").setLevel(logging.ERROR)
         self.code = _modules()

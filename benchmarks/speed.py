@@ -1,6 +1,6 @@
 """Seconds of one optimisation step, unit by unit: ours plain and fast, QDrop's own code, and the floor.
 
-python ./benchmarks/speed.py --config ./exp/w4a4/rs50_msra/config.yaml --peer ../QDrop \\
+python ./benchmarks/speed.py --config ./exp/w4a4/rs50_msra/qdrop.yaml --peer ../QDrop \\
     --out ./benchmarks/results/speed_cpu.json
 
 `--peer` is the folder of a checkout of github.com/wimh966/QDrop (branch qdrop); nothing of it is
