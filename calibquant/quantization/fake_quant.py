@@ -177,13 +177,13 @@ class AdaRoundFakeQuantize(FakeQuantize):
     def start_rounding(self, weight: Tensor, kind: type[Rounding] = SoftRounding) -> Rounding:
         """Begin to learn a weight's rounding in a way of the given kind; return what is learned."""
         qparams = self.hard_qparams(weight.ndim)
-        self.rounding = kind.starting_at(weight, *qparams, self.quant_min, self.quant_max)
+        self.rounding = kind(weight, *qparams, self.quant_min, self.quant_max)
         return self.rounding
 
     def quantize(self, x: Tensor) -> Tensor:
-        return (
-            super().quantize(x) if self.rounding is None else self.rounding.rounded(*self.qparams(x.ndim))
-        )
+        if self.rounding is None:
+            return super().quantize(x)
+        return self.rounding.rounded(*self.qparams(x.ndim))
 
     def codes(self, x: Tensor) -> Tensor:
         if self.rounding is None:

@@ -5,6 +5,7 @@
 et al. 2013), so that it may go on to any grid point, as it may in FlexRound (Lee et al. 2023).
 """
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -24,38 +25,35 @@ BEYOND = 0.4
 """Where the weights beyond the grid wait, in steps outside of it: within the half step that has a slope."""
 
 
-class Rounding(nn.Module):
+class Rounding(nn.Module, ABC):
     """Base: one learned number for each weight, and the grid that the weight is rounded to.
 
     Args:
-        start: learned numbers to start from, shaped as the weight.
+        weight: where to begin; a subclass makes of it what is learned.
+        scale, zero_point: broadcast over the weight; zero_point holds integers.
         quant_min, quant_max: bounds of the integer codes.
 
     Attributes:
+        learned: the learned numbers, shaped as the weight.
         rate_falls: whether the learning rate falls along a cosine, or stays.
     """
 
+    learned: nn.Parameter
     rate_falls: ClassVar[bool]
 
-    def __init__(self, start: Tensor, quant_min: int, quant_max: int) -> None:
+    def __init__(
+        self, weight: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+    ) -> None:
         super().__init__()
-        self.learned = nn.Parameter(start)
         self.bounds = quant_min, quant_max
 
-    @classmethod
-    def starting_at(
-        cls, weight: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
-    ) -> "Rounding":
-        """Begin at a weight; qparams broadcast over it, zero_point holds integers."""
-        raise NotImplementedError
-
+    @abstractmethod
     def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """The weight as learning uses it, differentiable in what is learned and in ``scale``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def codes(self, zero_point: Tensor) -> Tensor:
         """The integer codes, as floats, that the weight has got."""
-        raise NotImplementedError
 
     def penalty(self, exponent: Tensor) -> Tensor:
         """What is added to the loss, so that rounding is decided at the end; ``[]``."""
@@ -67,19 +65,20 @@ class Rounding(nn.Module):
 
 
 class SoftRounding(Rounding):
-    """How far up each weight is rounded, in [0, 1]: the rectified sigmoid of a logit (AdaRound, eq. 23)."""
+    """How far up each weight is rounded, in [0, 1]: the rectified sigmoid of a logit (AdaRound, eq. 23).
+
+    It begins where it reproduces the weight.
+    """
 
     rate_falls = False
     floor: Tensor
 
-    @classmethod
-    def starting_at(
-        cls, weight: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
-    ) -> "SoftRounding":
-        """Soft rounding that reproduces the weight."""
-        rounding = cls(initial_rounding_logits(weight, scale), quant_min, quant_max)
-        rounding.register_buffer("floor", torch.floor(weight / scale), persistent=False)
-        return rounding
+    def __init__(
+        self, weight: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+    ) -> None:
+        super().__init__(weight, scale, zero_point, quant_min, quant_max)
+        self.register_buffer("floor", torch.floor(weight / scale), persistent=False)
+        self.learned = nn.Parameter(initial_rounding_logits(weight, scale))
 
     def share(self) -> Tensor:
         """How far up each weight is rounded, in [0, 1]."""
@@ -101,17 +100,19 @@ class SoftRounding(Rounding):
 
 
 class StraightThroughRounding(Rounding):
-    """The weight itself, in steps: rounded in each forward pass, learned by the rounded one's gradient."""
+    """The weight itself, in steps: rounded in each forward pass, learned by the rounded one's gradient.
+
+    It begins as it is; what lies beyond the grid waits beside it.
+    """
 
     rate_falls = True
 
-    @classmethod
-    def starting_at(
-        cls, weight: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
-    ) -> "StraightThroughRounding":
-        """Weights as they are; those beyond the grid wait beside it."""
+    def __init__(
+        self, weight: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+    ) -> None:
+        super().__init__(weight, scale, zero_point, quant_min, quant_max)
         low, high = quant_min - zero_point - BEYOND, quant_max - zero_point + BEYOND
-        return cls(torch.clamp(weight / scale, low, high), quant_min, quant_max)
+        self.learned = nn.Parameter(torch.clamp(weight / scale, low, high))
 
     def rounded(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         step = torch.ones_like(zero_point)

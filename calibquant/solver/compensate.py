@@ -181,18 +181,22 @@ def layer_sums(
         a, quantized = (x[at].reshape(len(drawn), groups, -1).permute(1, 2, 0) for x in read)
         stays = torch.rand(a.shape, generator=generator, device=a.device) < drop_prob
         b = torch.where(stays, quantized, a)
-        wanted, lacking = weight @ a, weight @ (a - b)
+        wanted, lacking = weight @ total(a), weight @ (a - b)
         if one.lost is not None:
             lost = one.lost.movedim(1, -1)[at].view(len(drawn), groups, -1).permute(1, 2, 0)
-            wanted += lost
+            wanted += total(lost)
             lacking += drop_prob * lost
-        means = (x.sum(2, keepdim=True) for x in (b, lacking, quantized, wanted))
-        found = [b @ b.mT, lacking @ b.mT, *means]
+        found = [b @ b.mT, lacking @ b.mT, total(b), total(lacking), total(quantized), wanted]
         part = int(number % HELD_OUT == HELD_OUT - 1)
         sums[part] = [x + y for x, y in zip(sums[part], found, strict=True)] if sums[part] else found
         counts[part] += len(drawn)
     learned = LayerSums(*(x / counts[0] for x in sums[0]))
     return learned, LayerSums(*(x / counts[1] for x in sums[1])) if counts[1] else learned
+
+
+def total(x: Tensor) -> Tensor:
+    """``[g, C, places]`` summed over places, ``[g, C, 1]``."""
+    return x.sum(2, keepdim=True)
 
 
 def match_inputs(layer: QuantLinear, full: Tensor, quantized: Tensor, peers: Peers) -> None:
@@ -250,19 +254,15 @@ def compensate_layer(layer: QuantLayer, learned: LayerSums, held_out: LayerSums)
     scale, zero_point = (p.view(groups, -1, 1) if p.numel() > 1 else p for p in quantizer.hard_qparams())
     grid = WeightGrid(scale, zero_point, quantizer.quant_min, quantizer.quant_max)
     moments, unseen = learned.moments(), held_out.moments()
-    rounded = grid.steps(weight) * scale
-    least, best = added_error(weight, rounded, unseen), None
-    last = math.inf
+    least, best = math.inf, None
     for damping in DAMPINGS:
         found = compensated_steps(weight, moments, damping, grid)
         error = math.inf if found is None else added_error(weight, found[1] * scale, unseen)
-        if not error < last:
+        if not error < least:
             break
-        last = error
-        if found is not None and error < least:
-            least, best = error, found
-    if best is not None:
+        least, best = error, found
+    rounded = grid.steps(weight) * scale
+    if best is not None and least < added_error(weight, rounded, unseen):
         rounded = best[1] * scale
-    layer.bias += (learned.wanted - rounded @ learned.quantized).flatten()
-    if best is not None:
         layer.weight.copy_(beside(*best, grid).view_as(layer.weight))
+    layer.bias += (learned.wanted - rounded @ learned.quantized).flatten()

@@ -105,26 +105,26 @@ def learn_unit(
     Returns:
         The losses on the way, and the share of weights whose rounding was undecided at the end.
     """
-    rounding = start_rounding(unit.module, settings) if settings.iters else {}
+    rounding_of = start_rounding(unit.module, settings) if settings.iters else {}
+    rounding = list(rounding_of.values())
     qparams = [p for _, q in quantizers(unit.module) for p in q.learned_qparams()]
     if not settings.iters or not (rounding or qparams):
         return [], 0.0
     device = generator.device
-    weights = list(rounding.values())
-    staying = [r.learned for r in weights if not r.rate_falls]
+    staying = [r.learned for r in rounding if not r.rate_falls]
     starts: list[tuple[Sequence[Tensor], float]] = [
-        ([r.learned for r in weights if r.rate_falls], settings.round_lr),
+        ([r.learned for r in rounding if r.rate_falls], settings.round_lr),
         (qparams, settings.scale_lr),
     ]
     if settings.weight_scale_lr:
-        starts += [([q.scale], settings.weight_scale_lr * float(q.scale.mean())) for q in rounding]
+        starts += [([q.scale], settings.weight_scale_lr * float(q.scale.mean())) for q in rounding_of]
     learned = [*staying, *(parameter for some, _ in starts for parameter in some)]
     order = batch_order(len(data.target), settings.batch_size, settings.iters, generator)
     batches = batches_of(data, order, device)
     mixing, inside, draws = places_to_drop(unit, batches, settings.drop_prob, generator)
     work = float(batches.target[0].numel() * batches.batch_size * settings.iters)
     objective = engine.objective(
-        unit_objective(unit.module, batches, mixing, weights, settings.precision), work, device
+        unit_objective(unit.module, batches, mixing, rounding, settings.precision), work, device
     )
     table = schedule(settings).to(device)
     constant: list[dict[str, Any]] = [{"params": staying, "lr": settings.round_lr}] if staying else []
@@ -163,7 +163,7 @@ def learn_unit(
     losses = trace[:done].cpu()
     finite = [n for n in points if n < done and bool(torch.isfinite(losses[n]).all())]
     curve = [TracePoint(n, *losses[n].tolist()) for n in finite]
-    return curve, unconverged(weights)
+    return curve, unconverged(rounding)
 
 
 def unit_objective(
