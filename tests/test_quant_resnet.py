@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from calibquant.model.quant_layer import calibrate_weights, harden, layers
+from calibquant.model.quant_layer import QuantConv2d, calibrate_weights, harden, layers
 from calibquant.model.quant_resnet import End, QuantResNet, QuantSpec, Unit
 from calibquant.model.resnet import Architecture, ResNet
 from calibquant.quantization.fake_quant import (
@@ -257,3 +258,20 @@ def test_building_the_quantized_model_leaves_the_float_one_alone():
             quantized(images())
         harden(quantized)
         assert torch.equal(model(images()), before)
+
+
+@pytest.mark.parametrize("size", [16, 15])
+@pytest.mark.parametrize("channels", [4, 8])
+def test_a_strided_projection_has_the_gradients_of_the_definition(channels, size):
+    """Channels-last, where with under 8 channels the library's own overwrite memory on some CPUs."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(channels, 6, 1, stride=2)
+    layer = QuantConv2d(convolution, nn.BatchNorm2d(6).eval(), spec().weight_quantizer())
+    for _ in range(20):
+        x = torch.randn(8, channels, size, size).contiguous(memory_format=torch.channels_last)
+        weight = layer.weight.clone().requires_grad_()
+        layer.operate(x, weight).square().sum().backward()
+        expected = layer.weight.double().contiguous().requires_grad_()
+        y = F.conv2d(x.double().contiguous(), expected, layer.bias.double(), 2)
+        y.square().sum().backward()
+        torch.testing.assert_close(weight.grad.double(), expected.grad, rtol=1e-4, atol=1e-3)

@@ -13,6 +13,10 @@ from torch.nn import functional as F
 from calibquant.model.fold_bn import fold_bn
 from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
 
+SAFE_CHANNELS = 8
+"""With fewer input channels, oneDNN's weight gradient of a strided 1x1 convolution in channels-last writes
+outside of its memory on CPUs without AVX-512 (oneDNN 3.12, its issue 6035)."""
+
 
 class QuantLayer(nn.Module, ABC):
     """A weighted operation on a quantized weight.
@@ -101,7 +105,11 @@ class QuantConv2d(QuantLayer):
         return weight.contiguous(memory_format=torch.channels_last)
 
     def operate(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, 1, self.groups)
+        stride = self.stride
+        reads_single_places = weight.shape[2:] == (1, 1) and not any(self.padding)
+        if reads_single_places and max(stride) > 1 and weight.shape[1] < SAFE_CHANNELS:
+            x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+        return F.conv2d(x, weight, self.bias, stride, self.padding, 1, self.groups)
 
 
 class QuantLinear(QuantLayer):
