@@ -8,19 +8,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from calibquant.model.quant_layer import QuantConv2d, QuantLinear, layers
-from calibquant.model.quant_resnet import layer_units
+from calibquant.model.quant_resnet import End, layer_units
 from calibquant.quantization.compensation import (
-    FARTHEST,
-    NEAREST,
     Moments,
     WeightGrid,
     added_error,
-    beside,
     compensated_steps,
     damped,
     regression,
 )
-from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight, QuantizerConfig, Role
+from calibquant.quantization.fake_quant import (
+    AdaRoundFakeQuantize,
+    IntegerWeight,
+    QuantizerConfig,
+    Role,
+)
+from calibquant.quantization.rounding import SoftRounding, StraightThroughRounding
 from calibquant.quantization.state import full_precision, watching
 from calibquant.solver import compensate as compensate_module
 from calibquant.solver.caches import UnitData
@@ -157,18 +160,6 @@ def test_groups_are_each_their_own_matter():
         torch.testing.assert_close(together[1][g] * SCALE, alone)
 
 
-def test_a_weight_waits_beside_its_grid_point_and_inside_the_grid():
-    before = torch.linspace(-12, 12, 901)
-    after = before.round().clamp(-8, 7)
-    waits = beside(before, after, GRID) / SCALE
-    assert torch.equal(waits.round(), after)
-    apart = (waits - after).abs()
-    assert float(apart.min()) > NEAREST - 1e-4 and float(apart.max()) < FARTHEST + 1e-4
-    assert float(waits.min()) > -8 and float(waits.max()) < 7
-    inner = (after > -8) & (after < 7) & ((before - after).abs() > 1e-3)
-    assert bool((((waits - after) * (before - after)) > 0)[inner].all())
-
-
 @pytest.mark.parametrize(
     ("stride", "padding", "kernel", "groups"), [(1, 1, 3, 1), (2, 0, 1, 1), (2, 3, 7, 1), (2, 1, 3, 3)]
 )
@@ -202,7 +193,7 @@ def linear_layer(seed: int = 0) -> QuantLinear:
 def test_each_input_of_a_linear_layer_counts_as_in_the_float_network():
     layer, full = linear_layer(), torch.randn(500, 6) * torch.tensor([1.0, 2, 3, 4, 5, 6]) + 1
     expected = F.linear(full, layer.weight, layer.bias)
-    match_inputs(layer, full, 0.8 * full + torch.linspace(-1, 1, 6), Peers())
+    match_inputs(layer, [Given(full, 0.8 * full + torch.linspace(-1, 1, 6))], Peers())
     found = layer(0.8 * full + torch.linspace(-1, 1, 6))
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
@@ -210,8 +201,26 @@ def test_each_input_of_a_linear_layer_counts_as_in_the_float_network():
 def test_inputs_that_never_change_are_matched_in_their_mean():
     layer, full = linear_layer(), torch.ones(50, 6)
     expected = F.linear(full, layer.weight, layer.bias)
-    match_inputs(layer, full, torch.zeros(50, 6), Peers())
+    match_inputs(layer, [Given(full, torch.zeros(50, 6))], Peers())
     torch.testing.assert_close(layer(torch.zeros(50, 6)), expected[:50])
+
+
+def test_the_classifier_is_matched_on_images_that_nothing_learned_from_where_there_are_enough():
+    torch.manual_seed(0)
+    errors = []
+    for held_out in (20, 2, 0):
+        ends = frozenset({End.CLASSIFIER_WEIGHT})
+        unit = calibrated(bottleneck=False, ends=ends).units("block")[-1]
+        ((_, layer),) = layers(unit.module)
+        full = 0.1 + torch.rand(40, layer.weight.shape[1], 1, 1)
+        fitted = torch.cat([full[:20], 0.5 * full[20:]])  # the first half as if learned from
+        with torch.no_grad(), full_precision(unit.module):
+            target = unit.module(full)
+        data, draws = UnitData([fitted], [full], target), torch.Generator().manual_seed(0)
+        compensate(unit, data, held_out, 4, 0.5, SoftRounding, draws, Peers())
+        with torch.no_grad():
+            errors.append(float((unit.module(0.5 * full) - target).square().mean() / target.var()))
+    assert errors[0] < 0.01 and min(errors[1:]) > 4 * errors[0]
 
 
 def test_few_images_are_all_looked_at_and_many_only_where_maps_are_small(monkeypatch):
@@ -248,24 +257,21 @@ def test_a_unit_s_layers_run_one_after_the_other_are_the_unit(bottleneck):
 
 
 @BOTH_BLOCKS
-def test_every_weight_waits_beside_its_grid_point_and_learning_starts_there(bottleneck):
+@pytest.mark.parametrize("kind", [SoftRounding, StraightThroughRounding])
+def test_learning_starts_at_the_grid_points_that_compensation_gave(bottleneck, kind):
     moved = 0
     for unit, data in blocks(bottleneck):
         before = [layer.weight.clone() for _, layer in layers(unit.module)]
-        compensate(unit, data, 4, 0.5, torch.Generator().manual_seed(0), Peers())
+        compensate(unit, data, 0, 4, 0.5, kind, torch.Generator().manual_seed(0), Peers())
         for (_, layer), old in zip(layers(unit.module), before, strict=True):
             if torch.equal(layer.weight, old):
                 continue  # nearest rounding served it better
             moved += 1
             quantizer = layer.weight_quantizer
-            assert isinstance(quantizer, FakeQuantize)
-            scale, zero_point = quantizer.hard_qparams(layer.weight.ndim)
+            assert isinstance(quantizer, AdaRoundFakeQuantize)
             codes = quantizer.codes(layer.weight)
-            apart = (layer.weight / scale + zero_point - codes).abs()
-            assert float(apart.max()) < FARTHEST + 1e-3 and float(apart.min()) > NEAREST - 1e-3
-            if hasattr(quantizer, "start_rounding"):
-                quantizer.start_rounding(layer.weight)
-                assert torch.equal(quantizer.codes(layer.weight), codes)
+            quantizer.start_rounding(layer.weight, kind)
+            assert torch.equal(quantizer.codes(layer.weight), codes)
     assert moved > 3
 
 
@@ -315,7 +321,8 @@ def test_every_layer_is_compared_with_the_float_network_also_behind_weights_alre
         if unit.name == "classifier":
             break  # its inputs are matched first
         seen.clear()
-        compensate(unit, data, len(data.target), 0.5, torch.Generator().manual_seed(0), Peers())
+        draws = torch.Generator().manual_seed(0)
+        compensate(unit, data, 0, len(data.target), 0.5, SoftRounding, draws, Peers())
         for x in expected.values():
             assert any(x.shape == y.shape and same_rows(x, y) for y in seen)
 
@@ -340,7 +347,7 @@ def test_outputs_are_right_on_average(drop_prob):
     layer, given = convolution_given()
     wanted = layer.operate(given.full, layer.weight)
     sums = layer_sums(layer, [given], 600, drop_prob, torch.Generator().manual_seed(0))
-    compensate_layer(layer, *sums)
+    compensate_layer(layer, *sums, SoftRounding)
     off = (layer(given.quantized) - wanted).mean((0, 2, 3)).abs()
     assert float(off.max()) < 1e-3 * float(wanted.abs().mean())
 
@@ -352,9 +359,21 @@ def test_the_last_layer_of_a_block_makes_up_for_what_the_shortcut_lost():
         lost = given.quantized[:, :5] - 3 + torch.rand(6, 5, 10, 10)
         wanted = layer.operate(given.full, layer.weight) + lost
         given = Given(given.full, given.quantized, lost if known else None)
-        compensate_layer(layer, *layer_sums(layer, [given], 600, 1.0, torch.Generator().manual_seed(0)))
+        sums = layer_sums(layer, [given], 600, 1.0, torch.Generator().manual_seed(0))
+        compensate_layer(layer, *sums, SoftRounding)
         errors.append(float((layer(given.quantized) - wanted).square().mean()))
     assert errors[0] < 0.7 * errors[1]
+
+
+def test_straight_through_a_few_steps_reach_other_grid_points_than_compensation_gave():
+    for unit, data in blocks(bottleneck=True):
+        draws = torch.Generator().manual_seed(0)
+        compensate(unit, data, 0, 4, 0.5, StraightThroughRounding, draws, Peers())
+        for _, layer in layers(unit.module):
+            quantizer = layer.weight_quantizer
+            learned = quantizer.start_rounding(layer.weight, StraightThroughRounding).learned
+            inside = learned.detach()[quantizer.codes(layer.weight) != quantizer.quant_max]
+            assert float(((inside - inside.round()).abs() > 0.4).float().mean()) > 0.02
 
 
 def test_the_same_seed_gives_the_same_network():

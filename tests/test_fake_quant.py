@@ -267,6 +267,33 @@ def test_straight_through_gradient_is_that_of_the_rounded_weight_also_for_weight
     torch.testing.assert_close(learned.grad, factor * scale)
 
 
+@pytest.mark.parametrize("kind", [SoftRounding, StraightThroughRounding])
+def test_weights_given_grid_points_wait_where_nearest_rounding_finds_these(kind):
+    before = torch.linspace(-12, 12, 901)
+    after = before.round().clamp(-8, 7)
+    after[::7] = (after[::7] + 1).clamp(-8, 7)  # compensation may have chosen others
+    waiting = kind.waiting(before, after, torch.tensor(-8.0), torch.tensor(7.0))
+    assert torch.equal(waiting.round(), after)
+    towards = ((waiting - after) * (before - after) > 0) | (waiting == before)
+    assert bool(towards[(after > -8) & (after < 7)].all())
+
+
+def test_for_soft_rounding_they_wait_inside_the_grid():
+    before = torch.linspace(-12, 12, 901)
+    waiting = SoftRounding.waiting(
+        before, before.round().clamp(-8, 7), torch.tensor(-8.0), torch.tensor(7.0)
+    )
+    assert float(waiting.min()) > -8 and float(waiting.max()) < 7
+    assert float((waiting - waiting.round()).abs().max()) <= 0.15 + 1e-6
+
+
+def test_straight_through_they_wait_where_they_were_but_for_those_of_other_grid_points():
+    before = torch.tensor([0.2, -0.4, 0.49, 1.2, 9.0])
+    after = torch.tensor([0.0, 0.0, 0.0, 2.0, 7.0])
+    waiting = StraightThroughRounding.waiting(before, after, torch.tensor(-8.0), torch.tensor(7.0))
+    torch.testing.assert_close(waiting, torch.tensor([0.2, -0.4, 0.45, 1.55, 7.45]))
+
+
 @ALL_QUANTIZERS
 def test_hardening_a_weight_before_calibration_is_refused(name):
     quantizer = QuantizerConfig(name, "MinMaxObserver", 4, False, 0).build(Role.WEIGHT)

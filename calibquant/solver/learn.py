@@ -66,6 +66,11 @@ class ReconSettings:
     views: int = 1
     held_out: float = 0.0
 
+    @property
+    def rounding(self) -> type[Rounding] | None:
+        """How rounding is learned, None where it is to nearest."""
+        return ROUNDINGS.get(self.round_mode)
+
 
 @dataclass(frozen=True)
 class TracePoint:
@@ -296,11 +301,11 @@ def learning(parameters: list[Tensor]) -> Iterator[None]:
 
 def start_rounding(module: nn.Module, settings: ReconSettings) -> dict[AdaRoundFakeQuantize, Rounding]:
     """Begin to learn the rounding of a module's weights where it can be learned; by their quantizers."""
-    if settings.round_mode == "nearest":
+    if settings.rounding is None:
         return {}
     found = [(layer, layer.weight_quantizer) for _, layer in layers(module)]
     return {
-        quantizer: quantizer.start_rounding(layer.weight, ROUNDINGS[settings.round_mode])
+        quantizer: quantizer.start_rounding(layer.weight, settings.rounding)
         for layer, quantizer in found
         if isinstance(quantizer, AdaRoundFakeQuantize)
     }

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from calibquant.model.quant_layer import harden, layers
 from calibquant.model.quant_resnet import QuantResNet, Unit
 from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
+from calibquant.quantization.rounding import StraightThroughRounding
 from calibquant.quantization.state import calibrating, full_precision
 from calibquant.solver.augment import Rows, arrange, rows_of
 from calibquant.solver.caches import CACHE_TYPES, Activations, Store, UnitData, live_names, run_batched
@@ -192,7 +193,9 @@ def reconstruct_unit(unit: Unit, data: UnitData, means: Means, generator: torch.
     learned = data.part(slice(means.rows.views))
     kept = copy.deepcopy(unit.parts)
     if settings.compensate:
-        compensate(unit, learned, settings.batch_size, settings.drop_prob, generator, means.peers)
+        kind = settings.rounding or StraightThroughRounding
+        held_out, batch, drop_prob = means.rows.held_out, settings.batch_size, settings.drop_prob
+        compensate(unit, data, held_out, batch, drop_prob, kind, generator, means.peers)
         start = unit_errors(unit.module, data, means)
         if not start.deciding <= before.deciding:  # NaN is worse, too
             take_back(unit, kept)
