@@ -78,7 +78,8 @@ def compensate(
     last = len(data.target) - held_out
     chosen = some_images(data.target[:last], generator)
     rows = torch.cat([chosen.cpu(), torch.arange(last, len(data.target))]).to(data.target.device)
-    looked_at, unseen = slice(len(chosen)), slice(len(chosen) if held_out >= ENOUGH else 0, None)
+    looked_at = slice(len(chosen))
+    unseen = slice(len(chosen), None) if held_out >= ENOUGH else looked_at
     store = Store(data.target.device, data.target.dtype)
     full = {name: x[rows] for name, x in zip(unit.reads, data.full, strict=True)}
     quantized = {name: x[rows] for name, x in zip(unit.reads, data.quantized, strict=True)}
