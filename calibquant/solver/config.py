@@ -321,7 +321,7 @@ KEYS: list[Key] = [
         RECON["held_out"],
         number(0, 0.5),
         "share of the images that units do not learn from; their error then decides whether what a unit "
-        "learned is kept, and `compensate` matches the classifier's inputs on 16 of them or more",
+        "learned is kept",
     ),
     Key("model.type", REQUIRED, choice(*ARCHITECTURES), "the network"),
     Key("model.kwargs.num_classes", 1000, integer(1, 100_000), "outputs of the classifier"),

@@ -194,8 +194,8 @@ def reconstruct_unit(unit: Unit, data: UnitData, means: Means, generator: torch.
     kept = copy.deepcopy(unit.parts)
     if settings.compensate:
         kind = settings.rounding or StraightThroughRounding
-        held_out, batch, drop_prob = means.rows.held_out, settings.batch_size, settings.drop_prob
-        compensate(unit, data, held_out, batch, drop_prob, kind, generator, means.peers)
+        batch, drop_prob = settings.batch_size, settings.drop_prob
+        compensate(unit, learned, batch, drop_prob, kind, generator, means.peers)
         start = unit_errors(unit.module, data, means)
         if not start.deciding <= before.deciding:  # NaN is worse, too
             take_back(unit, kept)
