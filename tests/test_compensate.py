@@ -23,7 +23,13 @@ from calibquant.quantization.fake_quant import (
     QuantizerConfig,
     Role,
 )
-from calibquant.quantization.rounding import SoftRounding, StraightThroughRounding
+from calibquant.quantization.rounding import (
+    FARTHEST,
+    NEAREST,
+    REACH,
+    SoftRounding,
+    StraightThroughRounding,
+)
 from calibquant.quantization.state import full_precision, watching
 from calibquant.solver import compensate as compensate_module
 from calibquant.solver.caches import UnitData
@@ -239,8 +245,11 @@ def test_a_unit_s_layers_run_one_after_the_other_are_the_unit(bottleneck):
 
 
 @BOTH_BLOCKS
-@pytest.mark.parametrize("kind", [SoftRounding, StraightThroughRounding])
-def test_learning_starts_at_the_grid_points_that_compensation_gave(bottleneck, kind):
+@pytest.mark.parametrize(
+    ("kind", "nearest", "farthest"),
+    [(SoftRounding, NEAREST, FARTHEST), (StraightThroughRounding, 0, REACH)],
+)
+def test_learning_starts_at_the_grid_points_that_compensation_gave(bottleneck, kind, nearest, farthest):
     moved = 0
     for unit, data in blocks(bottleneck):
         before = [layer.weight.clone() for _, layer in layers(unit.module)]
@@ -251,7 +260,10 @@ def test_learning_starts_at_the_grid_points_that_compensation_gave(bottleneck, k
             moved += 1
             quantizer = layer.weight_quantizer
             assert isinstance(quantizer, AdaRoundFakeQuantize)
+            scale, zero_point = quantizer.hard_qparams(layer.weight.ndim)
             codes = quantizer.codes(layer.weight)
+            apart = (layer.weight / scale + zero_point - codes).abs()
+            assert float(apart.max()) < farthest + 1e-3 and float(apart.min()) > nearest - 1e-3
             quantizer.start_rounding(layer.weight, kind)
             assert torch.equal(quantizer.codes(layer.weight), codes)
     assert moved > 3
