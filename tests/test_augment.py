@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from calibquant.solver.augment import views_of
+from calibquant.solver.augment import arrange, rows_of, views_of
 from calibquant.solver.cache_plan import Room, choose_store
 from calibquant.solver.caches import Activations
+from calibquant.solver.learn import ReconSettings
 from calibquant.solver.pipeline import recon_settings
 from calibquant.solver.recon import reconstruct
 from tests.small import calibrated_model, small_config
@@ -55,19 +56,35 @@ def test_reconstruction_learns_from_all_views():
     assert set(carried) == {15}
 
 
+def test_views_to_learn_from_come_before_those_that_nothing_is_learned_from():
+    settings = ReconSettings(views=2, match_views=1, compensate=True, held_out=0.2)
+    rows = rows_of(5, settings)
+    assert (rows.images, rows.views, rows.unlearned, rows.held_out, rows.count) == (4, 8, 4, 1, 13)
+    arranged, learned = arrange(IMAGES, rows, seed=3), IMAGES[[0, 1, 3, 4]]
+    assert torch.equal(arranged[:8], torch.cat([learned, learned.flip(3)]))
+    assert torch.equal(arranged[rows.matching], views_of(learned, 3, seed=3)[8:])
+    assert torch.equal(arranged[12:], IMAGES[2:3])
+
+
+def test_without_compensation_there_is_nothing_to_match():
+    assert rows_of(5, ReconSettings(match_views=3)).count == 5
+
+
 def test_the_memory_estimate_counts_views(tmp_path):
-    config = small_config()
-    model = calibrated_model(config, IMAGES)
+    model = calibrated_model(small_config(), IMAGES)
     asked = []
-    for views in (1, 4):
-        settings = recon_settings(small_config(quant__recon__views=views))
+    for views, unlearned in ((1, 0), (4, 0), (1, 2)):
+        config = small_config(
+            quant__recon__compensate=True, quant__recon__views=views, quant__recon__match_views=unlearned
+        )
+        settings = recon_settings(config)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 "calibquant.solver.cache_plan.estimate",
                 lambda model, image, count, settings: asked.append(count) or _Small(),
             )
             choose_store(model, IMAGES, settings, tmp_path, free=lambda *_: Room(2**40, 2**40, 2**40))
-    assert asked == [5, 20]
+    assert asked == [5, 20, 15]
 
 
 class _Small:

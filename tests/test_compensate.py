@@ -39,7 +39,6 @@ from calibquant.solver.compensate import (
     compensate_layer,
     groups_of,
     layer_sums,
-    match_inputs,
     some_images,
     windows,
 )
@@ -185,30 +184,6 @@ def test_windows_are_what_a_convolution_reads(stride, padding, kernel, groups):
 def test_a_linear_layer_reads_all_of_its_input():
     layer = QuantLinear(torch.nn.Linear(5, 3), None)
     assert windows(layer, torch.randn(4, 5)).shape == (4, 5, 1, 1)
-
-
-def linear_layer(seed: int = 0) -> QuantLinear:
-    """Six inputs, four outputs, 8 bits, its range set."""
-    torch.manual_seed(seed)
-    quantizer = QuantizerConfig("AdaRoundFakeQuantize", "MSEObserver", 8, False, 0).build(Role.WEIGHT)
-    layer = QuantLinear(torch.nn.Linear(6, 4), quantizer)
-    layer.calibrate_weight()
-    return layer
-
-
-def test_each_input_of_a_linear_layer_counts_as_in_the_float_network():
-    layer, full = linear_layer(), torch.randn(500, 6) * torch.tensor([1.0, 2, 3, 4, 5, 6]) + 1
-    expected = F.linear(full, layer.weight, layer.bias)
-    match_inputs(layer, full, 0.8 * full + torch.linspace(-1, 1, 6), Peers())
-    found = layer(0.8 * full + torch.linspace(-1, 1, 6))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
-
-
-def test_inputs_that_never_change_are_matched_in_their_mean():
-    layer, full = linear_layer(), torch.ones(50, 6)
-    expected = F.linear(full, layer.weight, layer.bias)
-    match_inputs(layer, full, torch.zeros(50, 6), Peers())
-    torch.testing.assert_close(layer(torch.zeros(50, 6)), expected[:50])
 
 
 def test_few_images_are_all_looked_at_and_many_only_where_maps_are_small(monkeypatch):
@@ -386,4 +361,4 @@ def test_what_makes_a_unit_worse_is_taken_back(monkeypatch):
     kept, results = run(quant__recon__iters=0, quant__recon__compensate=True)
     assert all(result.error_start == result.error_before for result in results)
     for (name, a), (_, b) in zip(plain.state_dict().items(), kept.state_dict().items(), strict=True):
-        assert torch.equal(a, b), name
+        assert torch.equal(a, b) or name.startswith("classifier."), name  # that one is matched as well

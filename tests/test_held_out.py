@@ -10,7 +10,7 @@ from calibquant.quantization.state import full_precision
 from calibquant.report.page import unit_table
 from calibquant.report.run_data import unit_row
 from calibquant.solver.augment import arrange, rows_of
-from calibquant.solver.learn import reconstruction_loss
+from calibquant.solver.learn import ReconSettings, reconstruction_loss
 from calibquant.solver.pipeline import recon_settings
 from calibquant.solver.recon import Errors, reconstruct
 from tests.small import calibrated_model, small_config
@@ -31,7 +31,7 @@ def learn(images, model=None, **changes):
 @pytest.mark.parametrize("share", [0.0, 0.01, SHARE, 0.5])
 def test_every_image_is_either_learned_from_or_held_out(count, views, share):
     images = torch.arange(count).float().view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
-    rows = rows_of(count, views, share)
+    rows = rows_of(count, ReconSettings(views=views, held_out=share))
     arranged = arrange(images, rows, seed=1)
     learned, held_out = arranged[: rows.images], arranged[rows.views :]
     assert len(arranged) == rows.count and len(held_out) == rows.held_out

@@ -93,7 +93,7 @@ def test_reconstructing_a_real_block_at_2_bits_takes_a_third_off_its_error(netwo
     with calibrating(unit.module):
         unit.module(x)
     settings, device = recon_settings(config), torch.device("cpu")
-    means = Means(settings, device, store_for(settings, device), rows_of(len(calibration), 1, 0.0))
+    means = Means(settings, device, store_for(settings, device), rows_of(len(calibration), settings))
     data = unit_data(unit, Activations(x), means)
     result = reconstruct_unit(unit, data, means, torch.Generator().manual_seed(0))
     assert result.error_after < 2 / 3 * result.error_before  # hardened, after 40 steps

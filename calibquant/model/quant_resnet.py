@@ -181,8 +181,12 @@ class QuantClassifier(nn.Module):
         super().__init__()
         self.fc = QuantLinear(model.fc, spec.weight_quantizer())
 
+    def pool(self, x: Tensor) -> Tensor:
+        """What the fully connected layer reads, ``[N, C]``."""
+        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        out: Tensor = self.fc(self.pool(x))
         return out
 
 

@@ -1,4 +1,4 @@
-"""What reconstruction makes of the calibration images: further views to learn from, and some held out.
+"""What reconstruction makes of the calibration images: further views of them, and some held out.
 
 What is learned on a few hundred images must hold for others.
 """
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as V
+
+from calibquant.solver.learn import ReconSettings
 
 SMALLEST_CROP = 0.3
 """Share of an image's area that a random crop shows at least."""
@@ -22,24 +24,33 @@ class Rows:
 
     Attributes:
         images: learned from.
-        views: all views of them, the images themselves among these.
+        views: all views of them that are learned from, the images themselves among these.
+        unlearned: views of them that are not; what units have not learned from, they fit less well.
         held_out: images that nothing is learned from.
     """
 
     images: int
     views: int
+    unlearned: int
     held_out: int
 
     @property
     def count(self) -> int:
-        return self.views + self.held_out
+        return self.views + self.unlearned + self.held_out
+
+    @property
+    def matching(self) -> slice:
+        """Those that the classifier's inputs are matched on: unlearned views, if there are any."""
+        return slice(self.views, self.views + self.unlearned) if self.unlearned else slice(self.views)
 
 
-def rows_of(count: int, views: int, held_out: float) -> Rows:
-    """Rows for ``count`` images, ``views`` of each, where a share of the images is held out."""
-    kept_back = min(max(1, round(held_out * count)), count - 1) if held_out else 0
+def rows_of(count: int, settings: ReconSettings) -> Rows:
+    """Rows for ``count`` images: as many views of each, and as many held out, as the settings say."""
+    share = settings.held_out
+    kept_back = min(max(1, round(share * count)), count - 1) if share else 0
     learned = count - kept_back
-    return Rows(learned, views * learned, kept_back)
+    unlearned = settings.match_views if settings.compensate else 0
+    return Rows(learned, settings.views * learned, unlearned * learned, kept_back)
 
 
 def arrange(images: Tensor, rows: Rows, seed: int) -> Tensor:
@@ -49,7 +60,7 @@ def arrange(images: Tensor, rows: Rows, seed: int) -> Tensor:
         images: ``[N, 3, H, W]``, normalised.
         seed: of the crops.
     """
-    views = rows.views // rows.images
+    views = (rows.views + rows.unlearned) // rows.images
     if not rows.held_out:
         return views_of(images, views, seed)
     held_out = torch.zeros(len(images), dtype=torch.bool)

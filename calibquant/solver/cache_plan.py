@@ -106,7 +106,7 @@ def choose_store(
         UserError: a step does not fit on the device, or the caches fit nowhere.
     """
     device, dtype = next(model.buffers()).device, CACHE_TYPES[settings.cache]
-    count = rows_of(len(images), settings.views, settings.held_out).count
+    count = rows_of(len(images), settings).count
     need = estimate(model, images[:1].to(device), count, settings)
     found = free(device, folder)
     have = Room(found.device, found.host // processes, found.disk // processes)
@@ -131,7 +131,7 @@ def choose_store(
         )
         return FileStore(dtype, folder)
     raise UserError(
-        f"activations of {count} images (quant.calibrate x quant.recon.views) "
+        f"activations of {count} images (quant.calibrate x views, of quant.recon.views and match_views) "
         f"need about {_size(need.caches)}; "
         f"free are {_size(have.device)} on {device}, {_size(have.host)} of host memory and "
         f"{_size(have.disk)} on disk; lower one of these"

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from calibquant.model.quant_layer import QuantConv2d, QuantLayer, QuantLinear, layers
+from calibquant.model.quant_layer import QuantConv2d, QuantLayer, layers
 from calibquant.model.quant_resnet import ResidualJoin, Unit, layer_units
-from calibquant.quantization.affine import SCALE_EPS
 from calibquant.quantization.compensation import Moments, WeightGrid, added_error, compensated_steps
 from calibquant.quantization.fake_quant import FakeQuantize
 from calibquant.quantization.rounding import Rounding
@@ -28,8 +27,6 @@ IMAGES, PLACES = 256, 2**16
 """Images that are looked at, or more where all of their outputs have fewer places than these."""
 HELD_OUT = 4
 """One batch of so many is kept back, to choose the damping by."""
-WIDEST = 2.0
-"""Largest factor, and its inverse the smallest, by which an input's spread is matched."""
 DAMPINGS = (10.0, 1.0, 0.1, 0.01)
 """Dampings that are tried, in this order, until one serves the images held out worse."""
 
@@ -81,12 +78,6 @@ def compensate(
         ((_, layer),) = layers(part.module)
         each = math.ceil(SAMPLES * layer.weight[0].numel() * batch / len(rows))
         given = layer_inputs(part, layer, here, there, batch, device)
-        if isinstance(layer, QuantLinear):
-            seen = list(given)
-            match_inputs(
-                layer, torch.cat([x.full for x in seen]), torch.cat([x.quantized for x in seen]), peers
-            )
-            given = (Given(x.quantized, x.quantized) for x in seen)  # its weight is fitted already
         sums = layer_sums(layer, given, each, drop_prob, generator)
         peers.average([x for some in sums for x in vars(some).values()])
         if part is not parts[-1]:  # while its weight is still the float network's
@@ -205,27 +196,6 @@ def layer_sums(
 def total(x: Tensor) -> Tensor:
     """``[g, C, places]`` summed over places, ``[g, C, 1]``."""
     return x.sum(2, keepdim=True)
-
-
-def match_inputs(layer: QuantLinear, full: Tensor, quantized: Tensor, peers: Peers) -> None:
-    """Fold into a layer what gives each of its inputs the mean and the spread that it has in float.
-
-    Each layer that was fitted to noisy inputs gives a little less than the float one, as every regression
-    does: at the end of a real ResNet-50 pooled features were a tenth too small, and predictions too unsure.
-    Another regression would make them smaller still, so that here moments are matched, as by taking batch
-    norm's statistics anew after quantization.
-
-    Args:
-        full, quantized: inputs ``[N, K]`` of the layer in both networks.
-    """
-    moments = [m for x in (full, quantized) for m in (x.mean(0), (x * x).mean(0))]
-    peers.average(moments)
-    mean, square, mean_quantized, square_quantized = moments
-    spread, spread_quantized = square - mean**2, square_quantized - mean_quantized**2
-    factor = (spread / spread_quantized.clamp(min=SCALE_EPS)).clamp(min=0).sqrt().clamp(1 / WIDEST, WIDEST)
-    layer.bias += layer.weight @ (mean - factor * mean_quantized)
-    layer.weight *= factor
-    layer.calibrate_weight()
 
 
 def groups_of(layer: QuantLayer) -> int:

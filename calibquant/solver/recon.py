@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from calibquant.model.quant_layer import harden, layers
-from calibquant.model.quant_resnet import QuantResNet, Unit
+from calibquant.model.quant_resnet import QuantClassifier, QuantResNet, Unit
 from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
 from calibquant.quantization.rounding import StraightThroughRounding
 from calibquant.quantization.state import calibrating, full_precision
@@ -33,6 +33,7 @@ from calibquant.solver.learn import (
     plain_steps,
     reconstruction_loss,
 )
+from calibquant.solver.match import match_classifier
 from calibquant.solver.peers import Peers
 
 
@@ -44,6 +45,7 @@ class UnitResult:
         error_before, error_start, error_after: squared error of the unit's output against the float
             network's, summed over channels and averaged over the rest, on the calibration images that it
             learned from: with calibrated ranges and nearest rounding, when learning began, and hardened.
+            Of a classifier that was matched to its inputs (`match.py`), against the matched one's.
         held_out_before, held_out_after: the same on the images held out, None where there are none.
         unconverged: share of weights whose soft rounding was not yet near 0 or 1 at the end.
         rounded_away: share of weights that did not go to their nearest grid point.
@@ -92,7 +94,7 @@ class Means:
     """What all units share: settings, the working device, where activations live, and how steps run.
 
     Attributes:
-        rows: which of the activations are of the images themselves, of their views, or held out.
+        rows: which of the activations are of the images themselves, of views of them, or held out.
     """
 
     settings: ReconSettings
@@ -129,7 +131,7 @@ def reconstruct(
     memory = memory or Memory()
     device = next(model.buffers()).device
     store = store or store_for(settings, device)
-    rows = rows_of(len(images), settings.views, settings.held_out)
+    rows = rows_of(len(images), settings)
     means = Means(settings, device, store, rows, progress, engine or Engine(), peers or Peers())
     arranged = arrange(images, rows, seed + means.peers.rank)
     activations = Activations(arranged.to(store.device).contiguous(memory_format=torch.channels_last))
@@ -189,6 +191,9 @@ def reconstruct_unit(unit: Unit, data: UnitData, means: Means, generator: torch.
     settings = means.settings
     if settings.ranges == "quantized":
         set_ranges(unit.module, data, means)
+    if settings.compensate and isinstance(unit.module, QuantClassifier):
+        matching, batch = data.part(means.rows.matching), settings.batch_size
+        data = match_classifier(unit.module, data, matching, batch, means.device, means.peers)
     before = start = unit_errors(unit.module, data, means)
     learned = data.part(slice(means.rows.views))
     kept = copy.deepcopy(unit.parts)
@@ -242,7 +247,7 @@ def unit_errors(module: nn.Module, data: UnitData, means: Means) -> Errors:
     learned = output_error(module, data.part(slice(rows.images)), means)
     if not rows.held_out:
         return Errors(learned, None)
-    return Errors(learned, output_error(module, data.part(slice(rows.views, None)), means))
+    return Errors(learned, output_error(module, data.part(slice(-rows.held_out, None)), means))
 
 
 @torch.no_grad()
