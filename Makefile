@@ -12,7 +12,7 @@ QUICK := $(BIN)/python ./calibquant/solver/quickstart.py
 .PHONY: test lint quickstart imagenette clean
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,11 +1,25 @@
 """Small tensors gain nothing from threads, and a loaded machine loses a lot to their waiting."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from tests.figures import FIGURES
 
 torch.set_num_threads(1)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In one of several processes: hand on the figures that its tests recorded."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = FIGURES
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over the figures of a process that has ended; one that crashed has none."""
+    FIGURES.extend(getattr(node, "workeroutput", {}).get("figures", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
