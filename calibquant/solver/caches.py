@@ -34,8 +34,8 @@ class UnitData:
     full: list[Tensor]
     target: Tensor
 
-    def part(self, rows: slice | Tensor) -> "UnitData":
-        """That of some images, a slice of them in the same memory; inputs that are one tensor stay one."""
+    def part(self, rows: slice) -> "UnitData":
+        """That of some images, in the same memory; inputs that are one tensor stay one."""
         parts = {id(x): x[rows] for x in (*self.quantized, *self.full)}
         quantized, full = ([parts[id(x)] for x in xs] for xs in (self.quantized, self.full))
         return UnitData(quantized, full, self.target[rows])

@@ -27,13 +27,14 @@ def match_classifier(
     device: torch.device,
     peers: Peers,
 ) -> UnitData:
-    """Match a classifier's inputs.
+    """Match the inputs of a classifier that is a unit of its own.
 
     Args:
         data: what its unit learns from.
         matching: what its inputs are matched on.
         batch: images run at once.
         device: to work on.
+        peers: processes whose moments are averaged.
 
     Returns:
         The unit's data, its target the output of the matched classifier, nothing of which is quantized.
