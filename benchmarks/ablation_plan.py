@@ -29,6 +29,7 @@ Edits = Mapping[str, Any]
 PRESETS: dict[str, Edits] = {
     "ours": {},
     "qdrop": {
+        "quant.equalize.shift": False,
         "quant.equalize.iters": 0,
         "quant.recon.round_mode": "learned_hard_sigmoid",
         "quant.recon.drop_prob": 0.5,

@@ -6,13 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from calibquant.model.equalize import junctions, rescale
+from calibquant.model.equalize import Junction, junctions, rescale
 from calibquant.model.quant_layer import layers
 from calibquant.model.quant_resnet import QuantResNet
 from calibquant.quantization.fake_quant import FakeQuantize, FixedFakeQuantize, Role
-from calibquant.quantization.state import calibrating, full_precision, quantizers, quantizing_only
+from calibquant.quantization.state import (
+    calibrating,
+    full_precision,
+    hooked,
+    quantizers,
+    quantizing_only,
+)
 from calibquant.solver import equalize as module
-from calibquant.solver.equalize import EqualizeSettings, equalize, stages
+from calibquant.solver.equalize import EqualizeSettings, equalize, shift_to_floors, stages
 from calibquant.solver.learn import plain_steps, reconstruction_loss
 from calibquant.solver.pipeline import calibrate, quantize_model, recon_settings
 from calibquant.solver.recon import reconstruct
@@ -37,7 +43,7 @@ def uneven(bottleneck: bool) -> QuantResNet:
 
 
 def equalized(model: QuantResNet, iters: int = 60, lr: float = 0.05, seed: int = 0):
-    return equalize(model, images(), EqualizeSettings(iters, lr), 4, seed, plain_steps)
+    return equalize(model, images(), EqualizeSettings(False, iters, lr), 4, seed, plain_steps)
 
 
 def activations(parts: Iterable[nn.Module]) -> list[FakeQuantize]:
@@ -99,6 +105,91 @@ def test_channels_of_grouped_convolutions_are_scaled_in_their_groups():
         after = model(images())
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
     assert not all(torch.equal(a, b) for a, b in zip(old, weights(model), strict=True))
+
+
+def with_floors(bottleneck: bool) -> QuantResNet:
+    """A network whose channels stay above zero, each at a height of its own."""
+    model = QuantResNet(float_model(bottleneck), spec()).eval()
+    generator = torch.Generator().manual_seed(3)
+    for junction in junctions(model):
+        bias = junction.writers[0].bias
+        bias += 20 * torch.rand(len(bias), generator=generator)
+    return model
+
+
+@torch.no_grad()
+def lowest(model: QuantResNet) -> list[tuple[Junction, torch.Tensor]]:
+    """The least value of each channel of each junction in the float network."""
+    found, least = junctions(model), {}
+
+    def look(quantizer, inputs, _output):
+        least[quantizer] = inputs[0].transpose(0, 1).flatten(1).amin(1)
+
+    with full_precision(model), hooked({q: look for junction in found for q, _ in junction.readings}):
+        model(images())
+    return [(j, torch.stack([least[q] for q, _ in j.readings]).amin(0)) for j in found]
+
+
+@BOTH_BLOCKS
+def test_what_channels_never_fall_below_goes_into_biases_behind_them(bottleneck, monkeypatch):
+    monkeypatch.setattr(module, "BELOW", 0.0)
+    model = with_floors(bottleneck)
+    before = lowest(model)
+    can = [junction.can_shift for junction, _ in before]
+    assert any(can) and not all(can)
+    with full_precision(model), torch.no_grad():
+        wanted = model(images())
+        shifted = shift_to_floors(model, images(), 4)
+        got = model(images())
+    assert shifted == sum(int((floors > 0).sum()) for junction, floors in before if junction.can_shift) > 20
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+    for (junction, floors), (_, left) in zip(before, lowest(model), strict=True):
+        expected = torch.zeros_like(floors) if junction.can_shift else floors
+        torch.testing.assert_close(left, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_floor_is_what_nearly_all_values_of_all_batches_keep_above():
+    model = with_floors(True)
+    stem = model.stem.conv1
+    stem.weight.zero_()
+    stem.weight[:, 0, 1, 1] = 1.0  # a channel of the image, and a height
+    stem.bias.copy_(torch.arange(8.0) - 4)
+    x = torch.linspace(0, 1, 2 * 64 * 64).view(2, 1, 64, 64).repeat(1, 3, 1, 1)
+    x[0, :, 0, 0] = -3.0  # one value of 4,096
+    shift_to_floors(model, x, 1)
+    expected = torch.tensor([-4.0, -3.0, -2.0, -1.0, *[-0.25] * 4])  # one image is above 0, one above 0.5
+    torch.testing.assert_close(stem.bias, expected, rtol=0, atol=2e-3)
+
+
+def test_shifted_channels_have_more_levels_for_what_varies():
+    model = with_floors(True)
+
+    @torch.no_grad()
+    def error() -> float:
+        with calibrating(model):
+            model(images())
+        with full_precision(model):
+            wanted = model(images())
+        with quantizing_only(model, [model.stem.output_quantizer]):
+            return float((model(images()) - wanted).square().mean())
+
+    before = error()
+    shift_to_floors(model, images(), 4)
+    assert error() < 0.3 * before
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_channels_are_shifted_before_ranges_are_set_where_the_config_says_so(shift, caplog):
+    config = small_config(model__type="resnet50", quant__equalize={"shift": shift})
+    model = quantize_model(random_float_model(config), config)
+    model.stem.conv1.bias += 30
+    before = model.stem.conv1.bias.clone()
+    with caplog.at_level("INFO", "calibquant"):
+        calibrate(model, IMAGES, config)
+    assert torch.equal(model.stem.conv1.bias, before) == (not shift)
+    assert ("shifted" in caplog.text) == shift
+    top = float(model.stem.output_quantizer.scale * model.stem.output_quantizer.quant_max)
+    assert (top < 25) == shift
 
 
 @BOTH_BLOCKS

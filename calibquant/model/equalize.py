@@ -4,6 +4,10 @@ What passes through a ReLU, a pooling or an addition of its like may be scaled c
 ``x_c / s_c``, if the weights that wrote it are divided and those that read it multiplied by ``s_c``: the
 float network stays the same function (cross-layer equalization, Nagel et al., ICCV 2019, section 4.1). One
 step size for the whole activation is then a step size for each channel.
+
+What a channel never falls below need not pass at all: taken from the biases before the ReLU and given back
+by those behind it, it leaves all levels to what varies (channel-wise shifting, Outlier Suppression+, Wei et
+al., EMNLP 2023, section 4.1).
 """
 
 from dataclasses import dataclass
@@ -33,6 +37,16 @@ class Junction:
     @property
     def channels(self) -> int:
         return len(self.writers[0].bias)
+
+    @property
+    def readers(self) -> list[QuantLayer]:
+        """All layers that read the activations, each as often as it does."""
+        return [layer for _, readers in self.readings for layer in readers]
+
+    @property
+    def can_shift(self) -> bool:
+        """Whether readers' biases can give back what is taken from each channel: not beside zeros."""
+        return not any(layer.pads for layer in self.readers)
 
 
 def junctions(model: QuantResNet) -> list[Junction]:
@@ -78,7 +92,23 @@ def rescale(junction: Junction, factors: Tensor) -> None:
     for layer in junction.writers:
         layer.weight /= broadcastable(factors, layer.weight.ndim, 0)
         layer.bias /= factors
-    for layer in (layer for _, readers in junction.readings for layer in readers):
+    for layer in junction.readers:
         taken = layer.weight.shape[1]  # of a grouped convolution's weight: the channels of one group
         by_group = layer.weight.view(len(factors) // taken, -1, *layer.weight.shape[1:])
         by_group *= factors.view(-1, 1, taken, *[1] * (layer.weight.ndim - 2))
+
+
+@torch.no_grad()
+def shift(junction: Junction, floors: Tensor) -> None:
+    """Take from each channel, before the ReLU, what it never falls below, and give it back to the readers.
+
+    Along identity shortcuts the shift is carried on, so that only the first writer takes it off. Where
+    values do fall below, the ReLU now cuts them off at the floor.
+
+    Args:
+        junction: one that can be shifted.
+        floors: ``[C]``, 0 or above.
+    """
+    junction.writers[0].bias -= floors
+    for layer in junction.readers:
+        layer.bias += layer.weight.reshape(*layer.weight.shape[:2], -1).sum(2) @ floors

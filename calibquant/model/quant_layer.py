@@ -50,6 +50,11 @@ class QuantLayer(nn.Module, ABC):
         """The weight in the memory layout that the operation is fastest with."""
         return weight
 
+    @property
+    def pads(self) -> bool:
+        """Whether outputs at the edge read zeros in place of inputs."""
+        return False
+
     @abstractmethod
     def operate(self, x: Tensor, weight: Tensor) -> Tensor:
         """The operation itself, with the given weight and the layer's bias."""
@@ -104,9 +109,13 @@ class QuantConv2d(QuantLayer):
     def lay_out(self, weight: Tensor) -> Tensor:
         return weight.contiguous(memory_format=torch.channels_last)
 
+    @property
+    def pads(self) -> bool:
+        return any(self.padding)
+
     def operate(self, x: Tensor, weight: Tensor) -> Tensor:
         stride = self.stride
-        reads_single_places = weight.shape[2:] == (1, 1) and not any(self.padding)
+        reads_single_places = weight.shape[2:] == (1, 1) and not self.pads
         if reads_single_places and max(stride) > 1 and weight.shape[1] < SAFE_CHANNELS:
             x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
         return F.conv2d(x, weight, self.bias, stride, self.padding, 1, self.groups)

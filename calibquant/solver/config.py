@@ -198,6 +198,12 @@ KEYS: list[Key] = [
         "wins over the keys above, the last that fits counts",
     ),
     Key(
+        "quant.equalize.shift",
+        EQUALIZE["shift"],
+        BOOLEAN,
+        "take from activations' channels what they never fall below, and give it to the biases behind",
+    ),
+    Key(
         "quant.equalize.iters",
         EQUALIZE["iters"],
         integer(0, 10**6),

@@ -17,15 +17,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from calibquant.model.equalize import Junction, junctions, rescale
+from calibquant.model.equalize import Junction, junctions, rescale, shift
 from calibquant.model.quant_layer import QuantLayer
 from calibquant.model.quant_resnet import QuantResidualBlock, QuantResNet
 from calibquant.quantization.affine import broadcastable, fake_quantize_affine
 from calibquant.quantization.fake_quant import FakeQuantize, Role
-from calibquant.quantization.state import full_precision, hooked, quantizers
+from calibquant.quantization.state import full_precision, hooked, quantizers, watching
 from calibquant.solver.caches import Store, run_batched
 from calibquant.solver.learn import Progress, batch_order, cosine, learning, reconstruction_loss
 
+BELOW = 0.001
+"""Share of a channel's values that may lie below what counts as its floor."""
 IMAGES = 256
 """Images that are looked at: a step size for each channel needs no more."""
 
@@ -34,8 +36,42 @@ IMAGES = 256
 class EqualizeSettings:
     """`quant.equalize` of the config, whose reference says what each means."""
 
+    shift: bool = False
     iters: int = 0
     lr: float = 0.05
+
+
+@torch.no_grad()
+def shift_to_floors(model: QuantResNet, images: Tensor, batch_size: int) -> int:
+    """Shift channels, in place, by what their values in the float network never fall below.
+
+    A max pooling leaves many of a stem's channels such floors, up to a quarter of their range, and with
+    them as many levels unused. Behind an addition or a convolution without pooling there is hardly one.
+
+    Args:
+        images: calibration images ``[N, 3, H, W]``, normalised, on any device.
+        batch_size: images run at once.
+
+    Returns:
+        How many channels were shifted.
+    """
+    device = next(model.buffers()).device
+    found = [junction for junction in junctions(model) if junction.can_shift]
+    seen: dict[FakeQuantize, list[Tensor]] = {q: [] for junction in found for q, _ in junction.readings}
+
+    def look(seen_here: list[Tensor], x: Tensor) -> None:
+        values = x.transpose(0, 1).flatten(1)
+        seen_here.append(values.kthvalue(1 + int(BELOW * values.shape[1])).values)
+
+    with full_precision(model), watching({q: partial(look, floors) for q, floors in seen.items()}):
+        for batch in images.split(batch_size):
+            model(batch.to(device))
+    shifted = 0
+    for junction in found:
+        floors = torch.stack([torch.stack(seen[q]).mean(0) for q, _ in junction.readings]).amin(0)
+        shift(junction, floors)
+        shifted += int((floors > 0).sum())
+    return shifted
 
 
 @dataclass(frozen=True)

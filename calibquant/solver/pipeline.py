@@ -20,7 +20,7 @@ from calibquant.model.resnet import ResNet
 from calibquant.quantization.affine import SCALE_EPS
 from calibquant.quantization.fake_quant import QuantizerConfig
 from calibquant.quantization.state import calibrating, quantizers
-from calibquant.solver.equalize import EqualizeSettings, equalize, settle_ranges
+from calibquant.solver.equalize import EqualizeSettings, equalize, settle_ranges, shift_to_floors
 from calibquant.solver.learn import Progress, ReconSettings, plain_steps
 
 logger = logging.getLogger("calibquant")
@@ -84,15 +84,17 @@ def calibrate(
 ) -> None:
     """Set every range: of activations from all calibration images, of weights from the weights.
 
-    Between the two, channels are scaled as `quant.equalize` says.
+    Before, channels are shifted, and between the two they are scaled, as `quant.equalize` says.
 
     Raises:
         UserError: weights or activations hold NaN or infinity.
     """
-    device = next(model.buffers()).device
+    device, batch_size = next(model.buffers()).device, config.data.batch_size
     try:
+        if config.quant.equalize.shift:
+            logger.info("shifted %d channels", shift_to_floors(model, images, batch_size))
         with calibrating(model):
-            for batch in images.split(config.data.batch_size):
+            for batch in images.split(batch_size):
                 model(batch.to(device, non_blocking=True))
         equalize_channels(model, images, config, progress)
         calibrate_weights(model)
