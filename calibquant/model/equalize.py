@@ -7,7 +7,7 @@ step size for the whole activation is then a step size for each channel.
 
 What a channel never falls below need not pass at all: taken from the biases before the ReLU and given back
 by those behind it, it leaves all levels to what varies (channel-wise shifting, Outlier Suppression+, Wei et
-al., EMNLP 2023, section 4.1).
+al., EMNLP 2023).
 """
 
 from dataclasses import dataclass
