@@ -1,6 +1,7 @@
 """Equalization: the float network stays the same function, and one step size serves all channels better."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from calibquant.quantization.fake_quant import FakeQuantize, FixedFakeQuantize, 
 from calibquant.quantization.state import (
     calibrating,
     full_precision,
-    hooked,
     quantizers,
     quantizing_only,
+    watching,
 )
 from calibquant.solver import equalize as module
 from calibquant.solver.equalize import EqualizeSettings, equalize, shift_to_floors, stages
@@ -43,11 +44,20 @@ def uneven(bottleneck: bool) -> QuantResNet:
 
 
 def equalized(model: QuantResNet, iters: int = 60, lr: float = 0.05, seed: int = 0):
-    return equalize(model, images(), EqualizeSettings(False, iters, lr), 4, seed, plain_steps)
+    return equalize(model, images(), EqualizeSettings(iters=iters, lr=lr), 4, seed, plain_steps)
 
 
 def activations(parts: Iterable[nn.Module]) -> list[FakeQuantize]:
     return [quantizer for part in parts for _, quantizer in quantizers(part, Role.ACTIVATION)]
+
+
+@torch.no_grad()
+def logits_error(model: QuantResNet, chosen: Iterable[FakeQuantize]) -> float:
+    """Mean squared error of the logits with the chosen quantizers on and no others."""
+    with full_precision(model):
+        wanted = model(images())
+    with quantizing_only(model, chosen):
+        return float((model(images()) - wanted).square().mean())
 
 
 def weights(model: QuantResNet) -> list[torch.Tensor]:
@@ -120,13 +130,11 @@ def with_floors(bottleneck: bool) -> QuantResNet:
 @torch.no_grad()
 def lowest(model: QuantResNet) -> list[tuple[Junction, torch.Tensor]]:
     """The least value of each channel of each junction in the float network."""
-    found, least = junctions(model), {}
+    found, seen = junctions(model), {}
 
-    def look(quantizer, inputs, _output):
-        least[quantizer] = inputs[0].transpose(0, 1).flatten(1).amin(1)
-
-    with full_precision(model), hooked({q: look for junction in found for q, _ in junction.readings}):
+    with full_precision(model), watching({q: partial(seen.__setitem__, q) for q in activations([model])}):
         model(images())
+    least = {q: x.transpose(0, 1).flatten(1).amin(1) for q, x in seen.items()}
     return [(j, torch.stack([least[q] for q, _ in j.readings]).amin(0)) for j in found]
 
 
@@ -164,14 +172,10 @@ def test_a_floor_is_what_nearly_all_values_of_all_batches_keep_above():
 def test_shifted_channels_have_more_levels_for_what_varies():
     model = with_floors(True)
 
-    @torch.no_grad()
     def error() -> float:
         with calibrating(model):
             model(images())
-        with full_precision(model):
-            wanted = model(images())
-        with quantizing_only(model, [model.stem.output_quantizer]):
-            return float((model(images()) - wanted).square().mean())
+        return logits_error(model, [model.stem.output_quantizer])
 
     before = error()
     shift_to_floors(model, images(), 4)
@@ -195,18 +199,10 @@ def test_channels_are_shifted_before_ranges_are_set_where_the_config_says_so(shi
 @BOTH_BLOCKS
 def test_equalized_activations_lose_less(bottleneck):
     model = uneven(bottleneck)
-
-    @torch.no_grad()
-    def error() -> float:
-        with full_precision(model):
-            wanted = model(images())
-        with quantizing_only(model, activations([model])):
-            return float((model(images()) - wanted).square().mean())
-
-    before = error()
+    before = logits_error(model, activations([model]))
     found = equalized(model)
     assert all(after < start for _, start, after in found)
-    assert error() < 0.7 * before
+    assert logits_error(model, activations([model])) < 0.7 * before
 
 
 @BOTH_BLOCKS

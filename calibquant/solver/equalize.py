@@ -61,7 +61,9 @@ def shift_to_floors(model: QuantResNet, images: Tensor, batch_size: int) -> int:
 
     def look(seen_here: list[Tensor], x: Tensor) -> None:
         values = x.transpose(0, 1).flatten(1)
-        seen_here.append(values.kthvalue(1 + int(BELOW * values.shape[1])).values)
+        # not by kthvalue: releases of torch refuse it on CUDA where only deterministic algorithms may run
+        lowest = values.topk(1 + int(BELOW * values.shape[1]), largest=False)
+        seen_here.append(lowest.values[:, -1])
 
     with full_precision(model), watching({q: partial(look, floors) for q, floors in seen.items()}):
         for batch in images.split(batch_size):
