@@ -122,11 +122,12 @@ def measure(
 ) -> dict[str, object]:
     """Median seconds of a step on each path; the paths take turns."""
     narrow = replace(settings, precision="bf16")
+    fast = FastEngine(always=True)  # of both precisions: each would throw away what the other has compiled
     paths: dict[str, Runner] = {
         "floor": lambda steps: floor(unit, data, settings, steps),
         "plain": lambda steps: ours(unit, data, settings, Engine(), device, steps),
-        "fast": lambda steps: ours(unit, data, settings, FastEngine(always=True), device, steps),
-        "fast_bf16": lambda steps: ours(unit, data, narrow, FastEngine(always=True), device, steps),
+        "fast": lambda steps: ours(unit, data, settings, fast, device, steps),
+        "fast_bf16": lambda steps: ours(unit, data, narrow, fast, device, steps),
     }
     if peer is not None:
         paths["peer"] = lambda steps: peer.steps(unit.name, data, settings, steps)

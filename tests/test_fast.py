@@ -1,5 +1,7 @@
 """The fast path: the losses and the network of the plain one, and a plain word where it cannot run."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,8 +9,8 @@ from calibquant.model.quant_layer import layers
 from calibquant.solver import fast, learn
 from calibquant.solver.caches import staged_batches
 from calibquant.solver.checkpoint import load_checkpoint, save_checkpoint
-from calibquant.solver.fast import FastEngine, choose_engine
-from calibquant.solver.learn import Engine
+from calibquant.solver.fast import CompiledAdam, FastEngine, choose_engine
+from calibquant.solver.learn import Engine, objective
 from calibquant.solver.pipeline import recon_settings
 from calibquant.solver.recon import reconstruct
 from calibquant.solver.resume import RunState
@@ -25,9 +27,10 @@ class ChosenUnits(FastEngine):
         super().__init__(always=True)
         self.places, self.seen = places, 0
 
-    def objective(self, objective, work, device):
+    def objective(self, problem, work, device):
         self.seen += 1
-        return super().objective(objective, work, device) if self.seen - 1 in self.places else objective
+        chosen = super() if self.seen - 1 in self.places else Engine()
+        return chosen.objective(problem, work, device)
 
 
 def run(engine, **changes):
@@ -80,6 +83,42 @@ def test_compiled_steps_follow_the_plain_ones_on_every_type_of_unit(
         assert torch.equal(loaded(IMAGES), compiled_model(IMAGES))
 
 
+def test_compiled_adam_moves_parameters_as_torchs_own_does():
+    start = [
+        torch.randn(*size, generator=torch.Generator().manual_seed(1)) for size in ((5, 3, 2, 2), (7,))
+    ]
+    ends = []
+    for kind in (torch.optim.Adam, CompiledAdam):
+        parameters = [torch.nn.Parameter(x.clone()) for x in start]
+        rate = torch.tensor(0.1)
+        optimizer = kind([{"params": parameters[:1], "lr": 0.02}, {"params": parameters[1:], "lr": rate}])
+        for number in range(20):
+            optimizer.zero_grad()
+            sum((p**2 + 3 * p).sum() for p in parameters).backward()
+            rate.fill_(0.1 / (1 + number))
+            optimizer.step()
+        ends.append(parameters)
+    for ours, theirs, before in zip(ends[1], ends[0], start, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4), (ours - theirs).abs().max()
+        assert float((ours - before).detach().abs().mean()) > 0.1
+
+
+def test_units_of_one_kind_share_what_is_compiled(monkeypatch):
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    engine = FastEngine(always=True)
+    engine.compiles = True
+    _, results = run(engine, model__type="resnet34")
+    # the stem, the first and the other blocks of each stage, the last block (at 8 bits), the classifier
+    assert len(results) == 18
+    assert len(graphs) == 10
+
+
 def test_a_unit_learned_in_compiled_steps_is_recalled_after_a_kill(tmp_path):
     results = []
     for _ in range(2):
@@ -121,9 +160,7 @@ def test_without_a_compiler_the_plain_path_runs_and_one_line_says_so(monkeypatch
 
 def test_small_work_is_not_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *_a, **_k: pytest.fail("compiled"))
-    engine = FastEngine()
-    honest = object()
-    assert engine.objective(honest, fast.WORTH_COMPILING["cpu"] / 2, CPU) is honest
+    assert FastEngine().objective(object(), fast.WORTH_COMPILING["cpu"] / 2, CPU) is objective
 
 
 def test_bfloat16_steps_lower_the_error_where_the_machine_has_them(monkeypatch):

@@ -4,6 +4,9 @@ Quantization parameters (qparams) arrive broadcast-shaped: a scalar tensor for p
 ``[C, 1, 1, 1]`` for per-channel quantization of a convolution's weight, so that both are one path.
 Rounding is half-to-even on ``x * (1 / scale)``, then the zero-point is added, as torch's own
 ``fake_quantize_per_tensor_affine`` does.
+
+What a gradient of our own is given to keep is never the result of a change in place: compiled by torch
+2.11, such a gradient is zero.
 """
 
 import torch
@@ -96,9 +99,37 @@ def fake_quantize_affine(
     Straight-through inside the clipping range; the step size's gradient is LSQ's (Esser et al. 2020,
     eq. 3), the zero-point's LSQ+'s (Bhalgat et al. 2020), both times ``grad_factor`` (LSQ, section
     2.2: ``1 / sqrt(numel * quant_max)``). Where ``mask`` is false an element stays as it is (QDrop).
+
+    Without gradients a GPU runs torch's own, one pass for four; on a CPU that takes longer.
     """
-    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, grad_factor, mask)
-    return result
+    if x.is_cuda and mask is None and scale.numel() == 1 and not torch.is_grad_enabled():
+        zero_point = torch.clamp(torch.round(zero_point), quant_min, quant_max).to(torch.int32)
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
+    stored = as_stored if channels_last(x) else lambda tensor: tensor
+    given = stored(x), stored(scale), stored(zero_point)
+    drawn = None if mask is None else stored(mask)
+    result: Tensor = _FakeQuantize.apply(*given, quant_min, quant_max, grad_factor, drawn)
+    return as_axes(result, x) if channels_last(x) else result
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether ``x`` is ``[N, C, H, W]`` by its axes and ``[N, H, W, C]`` in memory.
+
+    What has gradients of its own is given such tensors as they are stored: compiled code would copy each
+    gradient, on its way in, to the order of the axes (torch 2.11 to 2.14).
+    """
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def as_stored(x: Tensor) -> Tensor:
+    """``[N, C, H, W]`` as ``[N, H * W, C]``; what has no such axes stays as it is."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2) if x.ndim == 4 else x
+
+
+def as_axes(x: Tensor, like: Tensor) -> Tensor:
+    """``[N, H * W, C]`` as ``[N, C, H, W]``, like another tensor."""
+    rows: Tensor = x.unflatten(1, like.shape[2:])
+    return rows.permute(0, 3, 1, 2)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -108,7 +139,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x, scale, zero_point, quant_min, quant_max, grad_factor, mask):  # type: ignore[no-untyped-def, override]
         zero_point = torch.clamp(torch.round(zero_point), quant_min, quant_max)
         low, high = quant_min - zero_point, quant_max - zero_point
-        y = round_to_steps(x, scale, low, high).mul_(scale)
+        y = round_to_steps(x, scale, low, high) * scale  # a new tensor, see above
         if mask is not None:
             y = torch.where(mask, y, x)
         ctx.save_for_backward(x, y, scale, low, high, mask)
@@ -134,15 +165,14 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def sum_of_products(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
-    """``(a * b)`` summed to a broadcastable shape; one pass where everything is summed."""
-    if shape.numel() == 1 and a.dtype == b.dtype and a.stride() == b.stride() and _is_dense(a):
-        flat = (a.numel(),), (1,)
-        return torch.dot(a.as_strided(*flat), b.as_strided(*flat)).view(shape)
+    """``(a * b)`` summed to a broadcastable shape; on a CPU one pass where everything is summed.
+
+    On a GPU it is compiled that makes it one pass, with whatever else reads ``a`` and ``b``.
+    """
+    alike = a.dtype == b.dtype and a.stride() == b.stride()
+    if a.device.type == "cpu" and shape.numel() == 1 and alike and a.is_contiguous():
+        return torch.dot(a.flatten(), b.flatten()).view(shape)
     return (a * b).sum_to_size(shape)
-
-
-def _is_dense(x: Tensor) -> bool:
-    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def lsq_grad_factor(x: Tensor, qparam: Tensor, quant_max: int) -> float:
@@ -152,8 +182,9 @@ def lsq_grad_factor(x: Tensor, qparam: Tensor, quant_max: int) -> float:
 
 def rectified_sigmoid(logits: Tensor) -> Tensor:
     """Soft rounding ``h`` in [0, 1] from rounding logits (AdaRound, Nagel et al. 2020, eq. 23)."""
-    result: Tensor = _RectifiedSigmoid.apply(logits)
-    return result
+    last = channels_last(logits)
+    result: Tensor = _RectifiedSigmoid.apply(as_stored(logits) if last else logits)
+    return as_axes(result, logits) if last else result
 
 
 class _RectifiedSigmoid(torch.autograd.Function):
@@ -161,7 +192,7 @@ class _RectifiedSigmoid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits):  # type: ignore[no-untyped-def, override]
-        h = torch.sigmoid(logits).mul_(ZETA - GAMMA).add_(GAMMA).clamp_(0.0, 1.0)
+        h = torch.sigmoid(logits).mul_(ZETA - GAMMA).add_(GAMMA).clamp(0.0, 1.0)  # a new tensor
         ctx.save_for_backward(h)
         return h
 
@@ -205,7 +236,7 @@ class _RoundingRegularizer(torch.autograd.Function):
         centred = h.mul(2).sub_(1)
         slope = centred.abs().pow_(b - 1)
         value = h.numel() - (slope * centred.abs()).sum()
-        ctx.save_for_backward(slope.mul_(centred.sign_()))
+        ctx.save_for_backward(slope * centred.sign_())  # a new tensor
         ctx.factor = -2 * b
         return value
 

@@ -8,12 +8,14 @@ is computed stays what `learn.py` says: a test holds the losses of both together
 import logging
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from calibquant.errors import printable
-from calibquant.solver.learn import Engine, Objective
+from calibquant.solver.learn import Engine, Objective, Problem, objective
 
 logger = logging.getLogger("calibquant")
 
@@ -33,23 +35,69 @@ class FastEngine(Engine):
     def __init__(self, always: bool = False) -> None:
         self.always = always
         self.compiles: bool | None = None  # found out when it is first needed: it takes seconds
+        self.kind: object = None  # of the units that the compiled code now at hand is of
 
-    def objective(self, objective: Objective, work: float, device: torch.device) -> Objective:
+    def objective(self, problem: Problem, work: float, device: torch.device) -> Objective:
         if not self.always and work < WORTH_COMPILING[device.type]:
             return objective
         if self.compiles is None:
-            problem = why_not_compile(device)
-            self.compiles = problem is None
-            if problem:
-                logger.warning("steps run uncompiled, several times slower: %s", problem)
+            why = why_not_compile(device)
+            self.compiles = why is None
+            if why:
+                logger.warning("steps run uncompiled, several times slower: %s", why)
         if not self.compiles:
             return objective
-        torch.compiler.reset()  # a unit's compiled code holds on to its caches
+        if self.kind != kind_of(problem):
+            torch.compiler.reset()  # code of units gone by
+            self.kind = kind_of(problem)
         compiled: Objective = torch.compile(objective, dynamic=False, fullgraph=True)
         return compiled
 
+    def optimizer(self, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+        compiled = self.compiles and device.type == "cuda"
+        return CompiledAdam(groups) if compiled else super().optimizer(groups, device)
+
     def step(self, step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
         return CapturedStep(step, generator) if generator.device.type == "cuda" else step
+
+
+def kind_of(problem: Problem) -> object:
+    """Equal for units that compiled code may serve alike; whether it does, the compiler checks itself."""
+    batches = problem.batches
+    shapes = [(x.shape, x.dtype) for x in (*batches.quantized, *batches.full, batches.target)]
+    return repr(problem.module), shapes, batches.order.shape
+
+
+class CompiledAdam(torch.optim.Optimizer):
+    """Adam as torch computes it, compiled.
+
+    On a GPU torch's fused one gives each thread block 65,536 elements, so that a unit's weights keep a
+    tenth of the chip busy: of a step of ResNet-50's layer3.1, 0.51 ms on an H200, it took 0.08 ms.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {"betas": (0.9, 0.999), "eps": 1e-8})
+        for group in self.param_groups:
+            device = group["params"][0].device
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+            for parameter in group["params"]:
+                zeros = [torch.zeros_like(parameter) for _ in range(2)]
+                self.state[parameter] = (*zeros, torch.zeros((), device=device))
+        self.update = torch.compile(adam, dynamic=False, fullgraph=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None]
+            if not moved:
+                continue
+            means, squares, steps = (list(x) for x in zip(*(self.state[p] for p in moved), strict=True))
+            self.update(
+                moved, [p.grad for p in moved], means, squares, [], steps,
+                foreach=True, capturable=True, amsgrad=False, beta1=group["betas"][0],
+                beta2=group["betas"][1], lr=group["lr"], weight_decay=0.0, eps=group["eps"], maximize=False,
+            )  # fmt: skip
 
 
 class CapturedStep:

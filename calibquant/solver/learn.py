@@ -8,7 +8,7 @@ depends on whether it did.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,6 @@ Progress = Callable[[str, int], Iterable[int]]
 def plain_steps(name: str, iters: int) -> Iterable[int]:
     """Steps without any display."""
     return range(iters)
-
-
-Objective = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""``(rows [batch], exponent [], weight []) -> (reconstruction error, weighted rounding penalty)``."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +78,37 @@ class TracePoint:
     rounding: float
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What a unit's steps are about; the same tensors in every step.
+
+    Attributes:
+        mixing: where elements of each input are dropped, None where none are.
+        rounding: of the unit's weights, where it is learned.
+        narrow: convolutions run in bfloat16.
+    """
+
+    module: nn.Module
+    batches: Batches
+    mixing: list[Drop | None]
+    rounding: list[Rounding]
+    narrow: bool
+
+
+Objective = Callable[[Problem, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""See :func:`objective`."""
+
+
 class Engine:
     """How steps are run: this one as they are written; see ``fast.py`` for a faster one."""
 
-    def objective(self, objective: Objective, work: float, device: torch.device) -> Objective:
+    def objective(self, problem: Problem, work: float, device: torch.device) -> Objective:
         """The objective in the form that a step calls; ``work``: elements of the output, over all steps."""
         return objective
+
+    def optimizer(self, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+        """Adam for groups of parameters, each with a learning rate: a number, or a tensor that changes."""
+        return torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
 
     def step(self, step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
         """The step in the form that the loop calls."""
@@ -129,9 +150,9 @@ def learn_unit(
     batches = batches_of(data, order, device)
     mixing, inside, draws = places_to_drop(unit, batches, settings.drop_prob, generator)
     work = float(batches.target[0].numel() * batches.batch_size * settings.iters)
-    objective = engine.objective(
-        unit_objective(unit.module, batches, mixing, rounding, settings.precision), work, device
-    )
+    narrow = settings.precision == "bf16" and bfloat16_pays(device)
+    problem = Problem(unit.module, batches, mixing, rounding, narrow)
+    losses_of = engine.objective(problem, work, device)
     table = schedule(settings).to(device)
     constant: list[dict[str, Any]] = [{"params": staying, "lr": settings.round_lr}] if staying else []
     falling: list[dict[str, Any]] = [
@@ -139,7 +160,7 @@ def learn_unit(
         for some, lr in starts
         if some
     ]
-    optimizer = torch.optim.Adam([*constant, *falling], fused=True, capturable=device.type == "cuda")
+    optimizer = engine.optimizer([*constant, *falling], device)
     counter = torch.zeros(1, dtype=torch.int64, device=device)
     trace = torch.zeros(settings.iters, 2, device=device)
 
@@ -147,7 +168,7 @@ def learn_unit(
         optimizer.zero_grad(set_to_none=True)
         draws.refill()
         exponent, weight, factor = table.index_select(0, counter).view(-1).unbind()
-        error, penalty = objective(batches.rows(counter), exponent, weight)
+        error, penalty = losses_of(problem, batches.rows(counter), exponent, weight)
         (error + penalty).backward()
         peers.average([p.grad for p in learned if p.grad is not None])
         for group in falling:
@@ -172,34 +193,26 @@ def learn_unit(
     return curve, unconverged(rounding)
 
 
-def unit_objective(
-    module: nn.Module,
-    batches: Batches,
-    mixing: list[Drop | None],
-    rounding: list[Rounding],
-    precision: str,
-) -> Objective:
-    """The function that a step differentiates: the unit's error on a batch, and the rounding penalty."""
-    narrow = autocast(precision, batches.target.device)
+def objective(problem: Problem, rows: Tensor, exponent: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What a step differentiates.
 
-    def objective(rows: Tensor, exponent: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        pairs = zip(batches.quantized, batches.full, mixing, strict=True)
-        inputs = [mixed_input(quantized, full, rows, drop) for quantized, full, drop in pairs]
-        with narrow:
-            output = module(*inputs)
-        error = reconstruction_loss(output.float(), batches.target[rows].float())
-        penalty = error.new_zeros(())
-        for each in rounding:
-            penalty = penalty + each.penalty(exponent)
-        return error, weight * penalty
+    Args:
+        rows: of the batches, ``[batch]``.
+        exponent, weight: of the rounding penalty, ``[]``.
 
-    return objective
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Inside, convolutions run in bfloat16 where the precision is `bf16` and the device gains by it."""
-    narrow = precision == "bf16" and bfloat16_pays(device)
-    return torch.autocast(device.type, torch.bfloat16) if narrow else nullcontext()
+    Returns:
+        The unit's reconstruction error on a batch, and the weighted rounding penalty.
+    """
+    batches = problem.batches
+    pairs = zip(batches.quantized, batches.full, problem.mixing, strict=True)
+    inputs = [mixed_input(quantized, full, rows, drop) for quantized, full, drop in pairs]
+    with torch.autocast(rows.device.type, torch.bfloat16, enabled=problem.narrow):
+        output = problem.module(*inputs)
+    error = reconstruction_loss(output.float(), batches.target[rows].float())
+    penalty = error.new_zeros(())
+    for each in problem.rounding:
+        penalty = penalty + each.penalty(exponent)
+    return error, weight * penalty
 
 
 def bfloat16_pays(device: torch.device) -> bool:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,10 @@ def versions() -> dict[str, str]:
     """Versions of everything that could change a result."""
     found = {"calibquant": calibquant.__version__, "python": platform.python_version()}
     for package in ("torch", "torchvision", "numpy", "scipy", "PyYAML", "easydict"):
-        found[package] = version(package)
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # such as a folder on PYTHONPATH
+            found[package] = "unknown"
     return found | {"torch": str(torch.__version__)}  # with its build, such as +cu130
 
 
