@@ -1,4 +1,5 @@
 # make test        install what is missing, then lint, type-check and test
+# make test-oldest tests what is compiled under the oldest torch that is supported
 # make quickstart  the whole job on handwritten digits, on a CPU, in minutes
 # make imagenette  download ten classes of ImageNet, for exp/imagenette/
 
@@ -9,10 +10,17 @@ MAIN := $(BIN)/python ./calibquant/solver/main_imagenet.py
 TEST := $(BIN)/python ./calibquant/solver/test_imagenet.py
 QUICK := $(BIN)/python ./calibquant/solver/quickstart.py
 
-.PHONY: test lint quickstart imagenette clean
+OLDEST := $(VENV)-oldest
+
+.PHONY: test test-oldest lint quickstart imagenette clean
 
 test: lint
 	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
+
+# of compiled code, what an older release does with a gradient is not what the newest one does
+test-oldest: $(OLDEST)/.dev
+	$(OLDEST)/bin/python -m pytest -q --numprocesses auto tests/test_affine.py tests/test_drop.py \
+		tests/test_fake_quant.py tests/test_fast.py tests/test_recon.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -43,5 +51,11 @@ $(VENV)/.dev: $(VENV)/.run requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+$(OLDEST)/.dev: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt \
+		torch==2.11.0 torchvision==0.26.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) quickstart .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) quickstart .mypy_cache .ruff_cache .pytest_cache .hypothesis
