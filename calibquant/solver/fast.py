@@ -23,6 +23,8 @@ WORTH_COMPILING = {"cpu": 4e8, "cuda": 1e8}
 """Output elements of a unit over all steps from which compiling, some seconds, is soon earned back."""
 STEPS_BEFORE_CAPTURE = 3
 """Steps that run as they are written, so that every library has set itself up before the capture."""
+NOTHING_TO_ACT_ON = ("TensorFloat32 tensor cores", "bf16 and fp16 are mixed")
+"""How warnings of the compiler begin that a user can do nothing about."""
 
 
 class FastEngine(Engine):
@@ -36,6 +38,8 @@ class FastEngine(Engine):
         self.always = always
         self.compiles: bool | None = None  # found out when it is first needed: it takes seconds
         self.kind: object = None  # of the units that the compiled code now at hand is of
+        for message in NOTHING_TO_ACT_ON:
+            warnings.filterwarnings("ignore", message)
 
     def objective(self, problem: Problem, work: float, device: torch.device) -> Objective:
         if not self.always and work < WORTH_COMPILING[device.type]:
