@@ -1,11 +1,11 @@
 """A ResNet-101 out of a ResNet-50's weights, to measure time and memory where no ResNet-101's are at hand.
 
-python ./benchmarks/deepen.py --config ./exp/w4a4/rs50_msra/config.yaml --quant ./exp/w4a4/rs101/config.yaml \\
-    --out ./train_log/deepened
+python ./benchmarks/deepen.py --config ./exp/w4a4/rs50_msra/config.yaml \\
+    --quant ./exp/w4a4/rs101/config.yaml --out ./train_log/deepened
 python ./calibquant/solver/main_imagenet.py --config ./train_log/deepened/config.yaml
 
-Blocks that ResNet-50 lacks repeat the last one of their stage, what they add scaled down, so that activations
-keep their range. Shapes, and with them time and memory, are ResNet-101's.
+Blocks that ResNet-50 lacks repeat the last one of their stage, what they add scaled down, so that
+activations keep their range. Shapes, and with them time and memory, are ResNet-101's.
 """
 
 import argparse
