@@ -20,6 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from calibquant.errors import UserError
 from calibquant.model.resnet import ARCHITECTURES
 from calibquant.solver.config import load_config, plain
 from calibquant.solver.files import require_writable
@@ -33,6 +34,8 @@ SHARE = 0.01
 def main() -> None:
     args = arguments()
     config, other = load_config(args.config), load_config(args.quant)
+    if config.model.type != "resnet50":
+        raise UserError(f"--config {args.config}: model.type is {config.model.type}, allowed is resnet50")
     require_writable(args.out)
     state = deepened(float_model(config).state_dict(), ARCHITECTURES["resnet101"].depths)
     path = args.out / "resnet101.pth"
@@ -47,15 +50,12 @@ def deepened(state: dict[str, Tensor], depths: tuple[int, ...]) -> dict[str, Ten
     """A state dict with so many blocks in each stage, those that it lacks made of the stage's last one."""
     result = dict(state)
     for stage, depth in enumerate(depths, start=1):
-        found = {int(m[1]) for key in state if (m := re.match(rf"layer{stage}\.(\d+)\.", key))}
-        last = max(found)
+        last = max(int(m[1]) for key in state if (m := re.match(rf"layer{stage}\.(\d+)\.", key)))
         start = f"layer{stage}.{last}."
+        block = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+        block |= {name: block[name] * SHARE for name in ("bn3.weight", "bn3.bias")}
         for number in range(last + 1, depth):
-            for key, value in state.items():
-                if key.startswith(start):
-                    name = key.removeprefix(start)
-                    scaled = name in ("bn3.weight", "bn3.bias")
-                    result[f"layer{stage}.{number}.{name}"] = value * SHARE if scaled else value.clone()
+            result |= {f"layer{stage}.{number}.{name}": value.clone() for name, value in block.items()}
     return result
 
 

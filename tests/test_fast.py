@@ -182,4 +182,6 @@ def test_captured_steps_follow_the_plain_ones(keep_gpu):
         config = small_config(quant__w_qconfig__bit=2, quant__recon__iters=60, **changes)
         model = calibrated_model(config, IMAGES).cuda()
         results.append(list(reconstruct(model, IMAGES, recon_settings(config), seed=7, engine=engine)))
-    assert_same_road(*results, tolerance=3e-2)
+    plain, captured = results
+    assert_same_road(plain[:7], captured[:7], tolerance=1e-2)
+    assert_same_road(plain[7:], captured[7:], tolerance=3e-2)  # what comes in has drifted apart by then

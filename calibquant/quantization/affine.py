@@ -103,13 +103,19 @@ def fake_quantize_affine(
     Without gradients a GPU runs torch's own, one pass for four; on a CPU that takes longer.
     """
     if x.is_cuda and mask is None and scale.numel() == 1 and not torch.is_grad_enabled():
-        zero_point = torch.clamp(torch.round(zero_point), quant_min, quant_max).to(torch.int32)
+        zero_point = integer_zero_point(zero_point, quant_min, quant_max).to(torch.int32)
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
-    stored = as_stored if channels_last(x) else lambda tensor: tensor
-    given = stored(x), stored(scale), stored(zero_point)
-    drawn = None if mask is None else stored(mask)
-    result: Tensor = _FakeQuantize.apply(*given, quant_min, quant_max, grad_factor, drawn)
-    return as_axes(result, x) if channels_last(x) else result
+    if channels_last(x):
+        stored = as_stored(x), as_stored(scale), as_stored(zero_point)
+        drawn = None if mask is None else as_stored(mask)
+        return as_axes(fake_quantize_affine(*stored, quant_min, quant_max, grad_factor, drawn), x)
+    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, grad_factor, mask)
+    return result
+
+
+def integer_zero_point(zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """A zero-point, which may be learned, as it is deployed: an integer inside the grid."""
+    return torch.round(zero_point).clamp(quant_min, quant_max)
 
 
 def channels_last(x: Tensor) -> bool:
@@ -137,7 +143,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, quant_min, quant_max, grad_factor, mask):  # type: ignore[no-untyped-def, override]
-        zero_point = torch.clamp(torch.round(zero_point), quant_min, quant_max)
+        zero_point = integer_zero_point(zero_point, quant_min, quant_max)
         low, high = quant_min - zero_point, quant_max - zero_point
         y = round_to_steps(x, scale, low, high) * scale  # a new tensor, see above
         if mask is not None:
@@ -167,7 +173,7 @@ class _FakeQuantize(torch.autograd.Function):
 def sum_of_products(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
     """``(a * b)`` summed to a broadcastable shape; on a CPU one pass where everything is summed.
 
-    On a GPU it is compiled that makes it one pass, with whatever else reads ``a`` and ``b``.
+    On a GPU compiled code makes it one pass, with whatever else reads ``a`` and ``b``.
     """
     alike = a.dtype == b.dtype and a.stride() == b.stride()
     if a.device.type == "cpu" and shape.numel() == 1 and alike and a.is_contiguous():
@@ -182,9 +188,10 @@ def lsq_grad_factor(x: Tensor, qparam: Tensor, quant_max: int) -> float:
 
 def rectified_sigmoid(logits: Tensor) -> Tensor:
     """Soft rounding ``h`` in [0, 1] from rounding logits (AdaRound, Nagel et al. 2020, eq. 23)."""
-    last = channels_last(logits)
-    result: Tensor = _RectifiedSigmoid.apply(as_stored(logits) if last else logits)
-    return as_axes(result, logits) if last else result
+    if channels_last(logits):
+        return as_axes(rectified_sigmoid(as_stored(logits)), logits)
+    result: Tensor = _RectifiedSigmoid.apply(logits)
+    return result
 
 
 class _RectifiedSigmoid(torch.autograd.Function):

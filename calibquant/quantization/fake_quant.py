@@ -18,6 +18,7 @@ from calibquant.quantization.affine import (
     choose_qparams_affine,
     dequantize_affine,
     fake_quantize_affine,
+    integer_zero_point,
     lsq_grad_factor,
     quant_bounds,
     quantize_affine,
@@ -120,7 +121,7 @@ class FakeQuantize(nn.Module):
         Shaped to broadcast over a tensor of ``ndim`` axes, or one-dimensional without it.
         """
         scale = torch.clamp(self.scale.detach(), min=SCALE_EPS)
-        zero_point = torch.round(self.zero_point.detach()).clamp(self.quant_min, self.quant_max)
+        zero_point = integer_zero_point(self.zero_point.detach(), self.quant_min, self.quant_max)
         return (scale, zero_point) if ndim is None else self._broadcast(scale, zero_point, ndim)
 
     def forward(self, x: Tensor) -> Tensor:
