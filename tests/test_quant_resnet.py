@@ -19,7 +19,7 @@ from calibquant.quantization.fake_quant import (
     Role,
 )
 from calibquant.quantization.rounding import ROUNDINGS
-from calibquant.quantization.state import calibrating, full_precision, quantizers
+from calibquant.quantization.state import calibrating, full_precision, quantizers, settled
 
 BLOCKS = ["layer1.0", "layer1.1", "layer2.0", "layer3.0", "layer4.0"]
 BOTH_BLOCKS = pytest.mark.parametrize("bottleneck", [True, False], ids=["bottleneck", "basic"])
@@ -221,6 +221,42 @@ def test_hardening_twice_changes_nothing():
     before = {key: value.clone() for key, value in model.state_dict().items()}
     harden(model)
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+@BOTH_BLOCKS
+@pytest.mark.parametrize("activation", ["LSQFakeQuantize", "LSQPlusFakeQuantize", "FixedFakeQuantize"])
+@torch.no_grad()
+def test_settled_qparams_give_the_same_logits_without_a_relu_before_each_quantizer(
+    bottleneck, activation, monkeypatch
+):
+    model = calibrated(bottleneck, activation=activation)
+    for _, quantizer in quantizers(model, Role.ACTIVATION):
+        quantizer.scale.data *= 0.3  # so that some values are clipped
+    before = model(images())
+    rectified = []
+    monkeypatch.setattr(F, "relu_", lambda x: rectified.append(x.shape) or torch.relu_(x))
+    with settled(model):
+        assert torch.equal(model(images()), before)
+        assert len(rectified) == 1  # the stem's, whose quantizer stands behind the pooling
+    model(images())
+    assert len(rectified) == 1 + len(quantizers(model, Role.ACTIVATION))
+
+
+@torch.no_grad()
+def test_a_quantizer_that_has_values_below_zero_or_is_off_does_not_stand_in_for_its_relu():
+    model = calibrated(bottleneck=True, activation="LSQPlusFakeQuantize")
+    for number, (_, quantizer) in enumerate(quantizers(model, Role.ACTIVATION)):
+        quantizer.zero_point.data.fill_(number % 3)
+    before = model(images())
+    with full_precision(model):
+        full = model(images())
+    with settled(model):
+        assert torch.equal(model(images()), before)
+        with full_precision(model):
+            assert torch.equal(model(images()), full)
+    for _, quantizer in quantizers(model, Role.ACTIVATION):
+        quantizer.zero_point.data.fill_(3)
+    assert not torch.equal(model(images()), before)  # nothing of it stays
 
 
 def test_hardening_before_calibration_is_refused():

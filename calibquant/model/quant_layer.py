@@ -62,7 +62,7 @@ class QuantLayer(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         y = self.operate(x, self.weight_quantizer(self.weight))
         if self.relu:
-            y = F.relu_(y)
+            return rectify_and_quantize(y, self.output_quantizer)
         out: Tensor = self.output_quantizer(y)
         return out
 
@@ -129,6 +129,14 @@ class QuantLinear(QuantLayer):
 
     def operate(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
+
+
+def rectify_and_quantize(x: Tensor, quantizer: nn.Module) -> Tensor:
+    """ReLU, in place, unless the quantizer behind it does the same, and that quantizer."""
+    if not (isinstance(quantizer, FakeQuantize) and quantizer.rectifies):
+        x = F.relu_(x)
+    out: Tensor = quantizer(x)
+    return out
 
 
 def layers(module: nn.Module) -> list[tuple[str, QuantLayer]]:

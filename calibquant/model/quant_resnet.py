@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calibquant.model.pooling import max_pool
-from calibquant.model.quant_layer import QuantConv2d, QuantLayer, QuantLinear
+from calibquant.model.quant_layer import QuantConv2d, QuantLayer, QuantLinear, rectify_and_quantize
 from calibquant.model.resnet import ResidualBlock, ResNet
 from calibquant.quantization.fake_quant import FakeQuantize, QuantizerConfig, Role
 from calibquant.quantization.state import quantizers
@@ -134,8 +134,7 @@ class ResidualJoin(nn.Module):
         self.output_quantizer = output_quantizer
 
     def forward(self, h: Tensor, skip: Tensor) -> Tensor:
-        out: Tensor = self.output_quantizer(F.relu_(self.last(h).add_(skip)))
-        return out
+        return rectify_and_quantize(self.last(h).add_(skip), self.output_quantizer)
 
 
 class QuantResidualBlock(nn.Module):

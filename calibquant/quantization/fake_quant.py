@@ -18,6 +18,7 @@ from calibquant.quantization.affine import (
     choose_qparams_affine,
     dequantize_affine,
     fake_quantize_affine,
+    fake_quantize_in_one_pass,
     integer_zero_point,
     lsq_grad_factor,
     quant_bounds,
@@ -34,6 +35,20 @@ class Role(Enum):
 
     WEIGHT = "weight"
     ACTIVATION = "activation"
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Qparams that stay as they are for a while, and what follows from them.
+
+    Attributes:
+        scale, zero_point: as deployed; the zero-point int32.
+        rectifies: nothing below zero is on the grid, so that a ReLU before it changes nothing.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    rectifies: bool
 
 
 class FakeQuantize(nn.Module):
@@ -68,6 +83,7 @@ class FakeQuantize(nn.Module):
         self.set_bits(bits)
         self.enabled = True
         self.drop: Drop | None = None
+        self.settled: Settled | None = None
         self._register_qparams()
 
     def _register_qparams(self) -> None:
@@ -103,8 +119,23 @@ class FakeQuantize(nn.Module):
     def _broadcast(self, scale: Tensor, zero_point: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
         return broadcastable(scale, ndim, self.ch_axis), broadcastable(zero_point, ndim, self.ch_axis)
 
+    def settle(self) -> Settled:
+        """The qparams as they are now, for scoring."""
+        scale, zero_point = self.hard_qparams()
+        rectifies = bool((zero_point == self.quant_min).all())
+        return Settled(scale, zero_point.to(torch.int32), rectifies)
+
+    @property
+    def rectifies(self) -> bool:
+        """Whether it is known that a ReLU before it changes nothing."""
+        return self.enabled and self.settled is not None and self.settled.rectifies
+
     def quantize(self, x: Tensor) -> Tensor:
         """``x`` on the grid (but for what is dropped), differentiable in whatever is learned."""
+        if self.settled and x.is_cuda and self.settled.scale.numel() == 1:
+            return fake_quantize_in_one_pass(
+                x, self.settled.scale, self.settled.zero_point, self.quant_min, self.quant_max
+            )
         scale, zero_point = self.qparams(x.ndim)
         factor = lsq_grad_factor(x, self.scale, self.quant_max) if scale.requires_grad else 1.0
         mask = None if self.drop is None else self.drop.mask()

@@ -50,6 +50,19 @@ def quantizing_only(module: nn.Module, chosen: Iterable[FakeQuantize]) -> Iterat
 
 
 @contextmanager
+def settled(module: nn.Module) -> Iterator[None]:
+    """Inside, activations' qparams must not change: what follows from them is worked out once."""
+    saved = [(quantizer, quantizer.settled) for _, quantizer in quantizers(module, Role.ACTIVATION)]
+    try:
+        for quantizer, _ in saved:
+            quantizer.settled = quantizer.settle()
+        yield
+    finally:
+        for quantizer, before in saved:
+            quantizer.settled = before
+
+
+@contextmanager
 def watching(viewers: Mapping[M, Callable[[Tensor], None]]) -> Iterator[None]:
     """Inside, each of the modules, quantizers or others, shows its input to its viewer."""
 

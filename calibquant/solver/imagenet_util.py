@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from calibquant.errors import UserError, printable
 from calibquant.paths import expand
+from calibquant.quantization.state import settled
 from calibquant.solver.peers import Peers
 
 logger = logging.getLogger("calibquant")
@@ -425,15 +426,16 @@ def evaluate(
     """
     hits = torch.zeros(2, dtype=torch.int64, device=device)
     peers, images, skipped = peers or Peers(), 0, 0
-    for batch in batches(loader, "evaluate", silent=not peers.leads):
-        skipped += len(report_unreadable(batch, skip_unreadable))
-        if not len(batch.images):
-            continue
-        logits = model(batch.images.to(device, non_blocking=True))
-        targets = batch.targets.to(device, non_blocking=True)
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-        hits += torch.stack([ranked[:, 0].sum(), ranked.sum()])
-        images += len(targets)
+    with settled(model):
+        for batch in batches(loader, "evaluate", silent=not peers.leads):
+            skipped += len(report_unreadable(batch, skip_unreadable))
+            if not len(batch.images):
+                continue
+            logits = model(batch.images.to(device, non_blocking=True))
+            targets = batch.targets.to(device, non_blocking=True)
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+            hits += torch.stack([ranked[:, 0].sum(), ranked.sum()])
+            images += len(targets)
     top1, top5, images, skipped = peers.total([*hits.tolist(), images, skipped])
     if not images:
         raise UserError("val folder: no image in it can be read")
