@@ -4,14 +4,16 @@ Weights that read correlated inputs can stand in for one another. Rounded one co
 leaves its error, as far as the inputs' second moments allow, to the columns that are not rounded yet
 (Optimal Brain Compression, Frantar and Alistarh, NeurIPS 2022; in a fixed order and by one Cholesky factor:
 GPTQ, Frantar et al., ICLR 2023). What is rounded is the weight that fits best to the inputs that the layer
-really gets, those of the quantized network (asymmetric calibration: GPTAQ, Li et al., ICML 2025).
+really gets, those of the quantized network (asymmetric calibration: GPTAQ, Li et al., ICML 2025). Step
+sizes and grid points are then improved in turn (:func:`descent`).
 
 Everything is by groups: ``g`` is 1 but for grouped convolutions. A weight is ``[g, O, K]``, with ``O``
 output channels and ``K`` inputs to each; ``b`` stands for an input in the quantized network, and ``y`` for
 what the layer should give for it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +21,9 @@ from torch import Tensor
 from calibquant.quantization.affine import quantize_affine
 
 BLOCK = 128
-"""Columns after which the errors are passed on to all that follow, in one product."""
+"""Columns after which the errors are passed on to all others, in one product."""
+MOST = 2.0
+"""Largest factor, and its inverse the smallest, by which a step size changes at once."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,81 @@ def regression(missing: Tensor, factor: Tensor) -> Tensor:
         factor: lower Cholesky factor of ``E[b b^T] + d I``.
     """
     return torch.cholesky_solve(missing.mT, factor).mT
+
+
+def fitted(weight: Tensor, moments: Moments, damping: float) -> tuple[Tensor, Tensor] | None:
+    """The weight that :func:`compensated_steps` rounds, unrounded, and the second moments that it goes by.
+
+    The expected error of any ``V`` is, but for a constant, that of ``V`` against this weight.
+
+    Returns:
+        ``[g, O, K]`` and ``[g, K, K]``, or None where the moments cannot be factored.
+    """
+    second = damped(moments.second, damping)
+    factor, failed = torch.linalg.cholesky_ex(second)
+    if bool(failed.any()):
+        return None
+    return weight + regression(moments.missing, factor), second
+
+
+def descent(
+    weight: Tensor, second: Tensor, grid: WeightGrid, steps: Tensor
+) -> Iterator[tuple[WeightGrid, Tensor]]:
+    """Better step sizes, then better grid points, over and over; neither ever makes the error larger.
+
+    Step sizes are those of least squares for the grid points as they are. Then each weight goes to the grid
+    point that is best for it as the others are (coordinate descent, as CDQuant does after GPTQ; Nair and
+    Suggala 2024).
+
+    Args:
+        weight, second: as :func:`fitted` gives them, ``[g, O, K]`` and ``[g, K, K]``.
+        steps: how many steps from zero each weight is at first, ``[g, O, K]``.
+
+    Yields:
+        The grid, and each weight's steps from zero on it.
+    """
+    order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
+    back = order.argsort(dim=1)
+    weight, steps = columns(weight, order), columns(steps, order)
+    second = both_ways(second, order)
+    while True:
+        grid = replace(grid, scale=best_scale(weight, second, grid, steps))
+        steps = better_steps(weight, second, grid, steps)
+        yield grid, columns(steps, back)
+
+
+def best_scale(weight: Tensor, second: Tensor, grid: WeightGrid, steps: Tensor) -> Tensor:
+    """The step sizes, shaped as the grid's, with which the grid points give ``weight`` most nearly."""
+    seen = steps @ second
+    product, square = ((x * seen).sum(2, keepdim=True) for x in (weight, steps))
+    if grid.scale.numel() == 1:
+        product, square = product.sum().view(1), square.sum().view(1)
+    scale = torch.where((product > 0) & (square > 0), product / square, grid.scale)
+    return torch.clamp(scale, grid.scale / MOST, grid.scale * MOST)
+
+
+def better_steps(weight: Tensor, second: Tensor, grid: WeightGrid, steps: Tensor) -> Tensor:
+    """Each weight in turn at the grid point that is best for it as the others are then."""
+    steps, curvature = steps.clone(), second.diagonal(dim1=1, dim2=2)
+    left = weight - steps * grid.scale
+    for start in range(0, weight.shape[2], BLOCK):
+        block = slice(start, start + BLOCK)
+        inside, slope = second[:, block, block], left @ second[:, :, block]
+        for column in range(slope.shape[2]):
+            at = slice(start + column, start + column + 1)
+            pull = slope[:, :, column, None] / curvature[:, None, at]
+            found = grid.steps(steps[:, :, at] * grid.scale + pull)
+            change = (found - steps[:, :, at]) * grid.scale
+            steps[:, :, at] = found
+            left[:, :, at] -= change
+            slope -= change * inside[:, None, column]
+    return steps
+
+
+def wanted_steps(weight: Tensor, second: Tensor, grid: WeightGrid, steps: Tensor) -> Tensor:
+    """How many steps from zero each weight would be, were it alone not rounded, ``[g, O, K]``."""
+    slope = (weight - steps * grid.scale) @ second
+    return steps + slope / second.diagonal(dim1=1, dim2=2)[:, None] / grid.scale
 
 
 def columns(x: Tensor, order: Tensor) -> Tensor:

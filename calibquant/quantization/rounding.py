@@ -75,6 +75,11 @@ class Rounding(nn.Module, ABC):
     def codes(self, zero_point: Tensor) -> Tensor:
         """The integer codes, as floats, that the weight has got."""
 
+    @property
+    def fan_in(self) -> int:
+        """How many weights an output has."""
+        return self.learned[0].numel()
+
     def penalty(self, exponent: Tensor) -> Tensor:
         """What is added to the loss, so that rounding is decided at the end; ``[]``."""
         return self.learned.new_zeros(())

@@ -7,6 +7,7 @@ the unit's own data.
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,7 +15,15 @@ from torch.nn import functional as F
 
 from calibquant.model.quant_layer import QuantConv2d, QuantLayer, layers
 from calibquant.model.quant_resnet import ResidualJoin, Unit, layer_units
-from calibquant.quantization.compensation import Moments, WeightGrid, added_error, compensated_steps
+from calibquant.quantization.compensation import (
+    Moments,
+    WeightGrid,
+    added_error,
+    compensated_steps,
+    descent,
+    fitted,
+    wanted_steps,
+)
 from calibquant.quantization.fake_quant import FakeQuantize
 from calibquant.quantization.rounding import Rounding
 from calibquant.quantization.state import full_precision, watching
@@ -29,6 +38,8 @@ HELD_OUT = 4
 """One batch of so many is kept back, to choose the damping by."""
 DAMPINGS = (10.0, 1.0, 0.1, 0.01)
 """Dampings that are tried, in this order, until one serves the images held out worse."""
+PASSES = 4
+"""Passes over a layer's weights at most, that improve step sizes and grid points in turn."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +232,7 @@ def windows(layer: QuantLayer, x: Tensor) -> Tensor:
 def compensate_layer(
     layer: QuantLayer, learned: LayerSums, held_out: LayerSums, kind: type[Rounding]
 ) -> None:
-    """Replace one layer's weight, with the damping that serves the images held out best, and its bias.
+    """Replace one layer's weight, its step sizes and its bias, by what serves the images held out best.
 
     The weight stays where nearest rounding serves them better. The bias makes up for how far outputs are
     off on average (bias correction, Nagel et al. 2019): pre-activations are mostly negative, so that what
@@ -233,17 +244,56 @@ def compensate_layer(
     weight = by_group(layer.weight, groups)
     scale, zero_point = (p.view(groups, -1, 1) if p.numel() > 1 else p for p in quantizer.hard_qparams())
     grid = WeightGrid(scale, zero_point, quantizer.quant_min, quantizer.quant_max)
-    moments, unseen = learned.moments(), held_out.moments()
-    least, best = math.inf, None
+    found = compensated(weight, learned.moments(), held_out.moments(), grid)
+    rounded = grid.steps(weight) * scale
+    if found is not None:
+        rounded = found.steps * found.grid.scale
+        ends = (end - zero_point for end in (grid.quant_min, grid.quant_max))
+        waiting = kind.waiting(found.wanted, found.steps, *ends) * found.grid.scale
+        layer.weight.copy_(waiting.view_as(layer.weight))
+        quantizer.scale.data = found.grid.scale.reshape(quantizer.scale.shape)
+    layer.bias += (learned.wanted - rounded @ learned.quantized).flatten()
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight on a grid, both as compensation found them.
+
+    Attributes:
+        wanted: where each weight would be, in steps from zero, ``[g, O, K]``.
+        steps: where it is.
+    """
+
+    grid: WeightGrid
+    wanted: Tensor
+    steps: Tensor
+
+
+def compensated(weight: Tensor, moments: Moments, unseen: Moments, grid: WeightGrid) -> Rounded | None:
+    """A weight rounded with the damping, and then improved as far, as serves the images held out best.
+
+    Returns:
+        None where nearest rounding serves them better.
+    """
+
+    def error(steps: Tensor, grid: WeightGrid) -> float:
+        return added_error(weight, steps * grid.scale, unseen)
+
+    least, best, chosen = math.inf, None, math.nan
     for damping in DAMPINGS:
         found = compensated_steps(weight, moments, damping, grid)
-        error = math.inf if found is None else added_error(weight, found[1] * scale, unseen)
-        if not error < least:
+        now = math.inf if found is None else error(found[1], grid)
+        if found is None or not now < least:
             break
-        least, best = error, found
-    rounded = grid.steps(weight) * scale
-    if best is not None and least < added_error(weight, rounded, unseen):
-        rounded = best[1] * scale
-        lowest, highest = grid.quant_min - grid.zero_point, grid.quant_max - grid.zero_point
-        layer.weight.copy_((kind.waiting(*best, lowest, highest) * scale).view_as(layer.weight))
-    layer.bias += (learned.wanted - rounded @ learned.quantized).flatten()
+        least, best, chosen = now, Rounded(grid, *found), damping
+    if best is None or not least < error(grid.steps(weight), grid):
+        return None
+    problem = fitted(weight, moments, chosen)
+    assert problem is not None
+    for better, steps in islice(descent(*problem, grid, best.steps), PASSES):
+        now = error(steps, better)
+        if not now < least:
+            break
+        wanted = wanted_steps(*problem, better, steps)
+        least, best = now, Rounded(better, wanted, steps)
+    return best

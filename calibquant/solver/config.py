@@ -228,7 +228,7 @@ KEYS: list[Key] = [
         RECON["round_lr"],
         number(0),
         "Adam learning rate of rounding logits, constant; in `straight_through` of weights in steps of "
-        "the grid, cosine to 0",
+        "the grid, with 1,024 inputs to an output (as the root of their number), cosine to 0",
     ),
     Key(
         "quant.recon.warm_up",
@@ -296,7 +296,8 @@ KEYS: list[Key] = [
         "quant.recon.compensate",
         RECON["compensate"],
         BOOLEAN,
-        "before learning, a unit's weights are rounded to make up for each other's errors (GPTQ)",
+        "before learning, a unit's weights are rounded to make up for each other's errors (GPTQ), and "
+        "step sizes and grid points improved in turn (coordinate descent)",
     ),
     Key(
         "quant.recon.ranges",
