@@ -61,7 +61,6 @@ def main() -> None:
     device = choose_device(args.device)
     finished = run_all(points, Scorer(config, device), args.work)
     comparisons, effects = compare(finished), set_effects(finished, scores)
-    print(markdown(finished, comparisons, effects))
     if args.out:
         about = {
             "command": " ".join(["python", *sys.argv]),
@@ -74,6 +73,7 @@ def main() -> None:
         write_json(args.out, about | as_json(finished, comparisons, effects, scores))
     if args.plot:
         plot_sets(args.plot, effects, finished[0][1].float_top1)
+    print(markdown(finished, comparisons, effects))
 
 
 def prepare(args: argparse.Namespace) -> tuple[EasyDict, list[Point]]:
