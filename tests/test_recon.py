@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_same_network_bit_for_bit_and_another_seed_anoth
 
 
 def test_straight_through_rounding_lowers_every_units_error_and_may_move_weights_several_steps():
-    changes = dict(quant__recon__round_mode="straight_through", quant__recon__round_lr=0.03)
+    changes = dict(quant__recon__round_mode="straight_through", quant__recon__round_lr=0.12)
     model, results = run(quant__recon__iters=200, **changes)
     nearest, _ = run(quant__recon__iters=0)
     assert all(r.unconverged == 0 and r.error_after <= r.error_before for r in results)
