@@ -364,9 +364,9 @@ def test_learning_goes_on_from_there(monkeypatch):
     """Of many images: a dozen can be fitted so well beforehand that steps under dropping find no better."""
     many = torch.randn(128, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(test_recon, "IMAGES", many)
-    _, found = run(quant__recon__compensate=True, quant__recon__iters=200)
+    _, found = run(quant__recon__compensate=True, quant__recon__iters=200, quant__recon__round_lr=0.003)
     assert all(result.error_after <= result.error_start <= result.error_before for result in found)
-    assert sum(result.error_after < result.error_start for result in found) >= len(found) / 4
+    assert sum(result.error_after < result.error_start for result in found) > len(found) / 2
 
 
 @BOTH_BLOCKS

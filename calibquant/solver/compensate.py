@@ -276,24 +276,26 @@ def compensated(weight: Tensor, moments: Moments, unseen: Moments, grid: WeightG
         None where nearest rounding serves them better.
     """
 
-    def error(steps: Tensor, grid: WeightGrid) -> float:
+    def error(grid: WeightGrid, steps: Tensor) -> float:
         return added_error(weight, steps * grid.scale, unseen)
 
     least, best, chosen = math.inf, None, math.nan
     for damping in DAMPINGS:
         found = compensated_steps(weight, moments, damping, grid)
-        now = math.inf if found is None else error(found[1], grid)
-        if found is None or not now < least:
+        now = math.inf if found is None else error(grid, found[1])
+        if not now < least:
             break
-        least, best, chosen = now, Rounded(grid, *found), damping
-    if best is None or not least < error(grid.steps(weight), grid):
+        least, best, chosen = now, found, damping
+    if best is None or not least < error(grid, grid.steps(weight)):
         return None
     problem = fitted(weight, moments, chosen)
     assert problem is not None
-    for better, steps in islice(descent(*problem, grid, best.steps), PASSES):
-        now = error(steps, better)
+    improved = None
+    for passed in islice(descent(*problem, grid, best[1]), PASSES):
+        now = error(*passed)
         if not now < least:
             break
-        wanted = wanted_steps(*problem, better, steps)
-        least, best = now, Rounded(better, wanted, steps)
-    return best
+        least, improved = now, passed
+    if improved is None:
+        return Rounded(grid, *best)
+    return Rounded(improved[0], wanted_steps(*problem, *improved), improved[1])
