@@ -1,13 +1,17 @@
 """Cached activations: what a run takes, the place chosen for them, and that the place does not matter."""
 
+import gc
 import weakref
 
 import pytest
 import torch
 
 from calibquant.errors import UserError
+from calibquant.solver import recon
 from calibquant.solver.cache_plan import Room, choose_store, estimate, room
 from calibquant.solver.caches import FileStore, Store, UnitData, batches_of, run_batched, staged_batches
+from calibquant.solver.fast import FastEngine
+from calibquant.solver.learn import Engine
 from calibquant.solver.pipeline import recon_settings
 from calibquant.solver.recon import reconstruct
 from tests.small import calibrated_model, small_config
@@ -18,20 +22,22 @@ GIB = 2**30
 
 
 class CountingStore(Store):
-    """Knows how many bytes of its tensors were alive at most."""
+    """Knows how many of its tensors are alive, and how many bytes of them were at most."""
 
-    alive = peak = 0
+    alive = peak = tensors = 0
 
     def _allocate(self, count, dtype):
         tensor = super()._allocate(count, dtype)
         size = count * dtype.itemsize
         weakref.finalize(tensor.untyped_storage(), self._free, size)
         self.alive += size
+        self.tensors += 1
         self.peak = max(self.peak, self.alive)
         return tensor
 
     def _free(self, size):
         self.alive -= size
+        self.tensors -= 1
 
 
 @pytest.mark.parametrize("granularity", ["block", "layer"])
@@ -44,6 +50,35 @@ def test_the_estimate_is_what_a_run_takes(granularity, cache):
     list(reconstruct(model, IMAGES, settings, 7, store=store))
     images = IMAGES.numel() * 4
     assert store.peak <= need.caches <= store.peak + images
+
+
+@pytest.mark.parametrize("engine", [Engine(), FastEngine(always=True)])
+def test_what_a_finished_unit_had_is_freed_at_once(engine, monkeypatch):
+    """Also what compiled code holds in reference cycles, which may stay until Python happens to look."""
+    config = small_config(quant__recon__views=2)
+    model, settings = calibrated_model(config, IMAGES), recon_settings(config)
+    store, freed = CountingStore(CPU, torch.float16), []
+
+    def watched(name):
+        made = getattr(recon, name)
+
+        def make(*given):
+            images = made(*given)
+            weakref.finalize(images.untyped_storage(), freed.append, name)
+            return images
+
+        return make
+
+    for name in ("arrange", "channels_last"):  # the images, then the same as units read them
+        monkeypatch.setattr(recon, name, watched(name))
+    units = reconstruct(model, IMAGES, settings, 7, store=store, engine=engine)
+    gc.disable()
+    try:
+        for _, result in zip(range(3), units, strict=False):
+            assert store.tensors == 2, result.name  # its output in the quantized and in the float network
+            assert freed == ["arrange", "channels_last"]
+    finally:
+        gc.enable()
 
 
 def small_model(**changes):

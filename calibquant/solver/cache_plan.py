@@ -16,6 +16,7 @@ from calibquant.solver.augment import rows_of
 from calibquant.solver.caches import CACHE_TYPES, FileStore, Store, live_names
 from calibquant.solver.compensate import number_of_images
 from calibquant.solver.learn import ReconSettings
+from calibquant.solver.memory import return_freed_memory
 
 logger = logging.getLogger("calibquant")
 
@@ -108,6 +109,7 @@ def choose_store(
     device, dtype = next(model.buffers()).device, CACHE_TYPES[settings.cache]
     count = rows_of(len(images), settings).count
     need = estimate(model, images[:1].to(device), count, settings)
+    return_freed_memory()
     found = free(device, folder)
     have = Room(found.device, found.host // processes, found.disk // processes)
     on_gpu, cpu = device.type == "cuda", torch.device("cpu")

@@ -34,6 +34,7 @@ from calibquant.solver.learn import (
     reconstruction_loss,
 )
 from calibquant.solver.match import match_classifier
+from calibquant.solver.memory import return_freed_memory
 from calibquant.solver.peers import Peers
 
 
@@ -133,9 +134,9 @@ def reconstruct(
     store = store or store_for(settings, device)
     rows = rows_of(len(images), settings)
     means = Means(settings, device, store, rows, progress, engine or Engine(), peers or Peers())
-    arranged = arrange(images, rows, seed + means.peers.rank)
-    activations = Activations(arranged.to(store.device).contiguous(memory_format=torch.channels_last))
+    activations = Activations(channels_last(arrange(images, rows, seed + means.peers.rank), store.device))
     units = model.units(settings.granularity, settings.merge)
+    return_freed_memory()
     with float32_precision(settings.precision):
         for index, unit in enumerate(units):
             started = time.perf_counter()
@@ -151,7 +152,13 @@ def reconstruct(
             output = run_batched(unit.module, data.quantized, settings.batch_size, device, store, over)
             activations.write(unit, output, data.target, live_names(units[index + 1 :]))
             del data, output, over
+            return_freed_memory()
             yield result
+
+
+def channels_last(x: Tensor, device: torch.device) -> Tensor:
+    """Images ``[N, C, H, W]`` on a device, the channels of each place side by side."""
+    return x.to(device).contiguous(memory_format=torch.channels_last)
 
 
 def unit_seed(seed: int, index: int, rank: int) -> int:

@@ -1,7 +1,6 @@
 """What every script shares: how it ends when something is wrong, and which device it runs on."""
 
 import argparse
-import ctypes
 import errno
 import logging
 import signal
@@ -12,6 +11,7 @@ from typing import NoReturn
 import torch
 
 from calibquant.errors import UserError, printable
+from calibquant.solver.memory import keep_freed_memory
 
 logger = logging.getLogger("calibquant")
 
@@ -91,15 +91,3 @@ def choose_device(wanted: str | None) -> torch.device:
     if name == "cpu":
         keep_freed_memory()
     return torch.device(name)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse the memory of large tensors instead of returning it to the system each time.
-
-    Fresh pages cost a CPU step about a fifth of its time. Elsewhere than on glibc this does nothing.
-    """
-    trim_threshold, mmap_max = -1, -4  # the parameters' numbers in malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
