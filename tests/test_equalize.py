@@ -43,8 +43,9 @@ def uneven(bottleneck: bool) -> QuantResNet:
     return model
 
 
-def equalized(model: QuantResNet, iters: int = 60, lr: float = 0.05, seed: int = 0):
-    return equalize(model, images(), EqualizeSettings(iters=iters, lr=lr), 4, seed, plain_steps)
+def equalized(model: QuantResNet, iters: int = 60, lr: float = 0.05, seed: int = 0, scope: str = "network"):
+    settings = EqualizeSettings(iters=iters, lr=lr, scope=scope)
+    return equalize(model, images(), settings, 4, seed, plain_steps)
 
 
 def activations(parts: Iterable[nn.Module]) -> list[FakeQuantize]:
@@ -206,6 +207,27 @@ def test_equalized_activations_lose_less(bottleneck):
 
 
 @BOTH_BLOCKS
+def test_in_the_scope_of_the_stem_only_what_touches_its_activations_changes(bottleneck):
+    model = uneven(bottleneck)
+    stem = next(j for j in junctions(model) if model.stem.conv1 in j.writers)
+    touched = {id(layer) for layer in (*stem.writers, *stem.readers)}
+    chosen = [quantizer for quantizer, _ in stem.readings]
+    scales = [q.scale.clone() for q in activations([model]) if q not in chosen]
+    before, old = logits_error(model, chosen), weights(model)
+    ((name, start, after),) = equalized(model, scope="stem")
+    assert name == stages(model)[0].name and after < start
+    assert logits_error(model, chosen) < 0.7 * before
+    changed = {
+        id(layer)
+        for (_, layer), weight in zip(layers(model), old, strict=True)
+        if not torch.equal(layer.weight, weight)
+    }
+    assert changed == touched and len(touched) < len(old)
+    left = [q.scale for q in activations([model]) if q not in chosen]
+    assert all(torch.equal(a, b) for a, b in zip(scales, left, strict=True))
+
+
+@BOTH_BLOCKS
 def test_the_errors_told_are_those_of_the_network_that_is_left(bottleneck, monkeypatch):
     """Learned by channel, folded into weights, run as one step size: the same numbers."""
     model, tasks, errors = uneven(bottleneck), [], []
@@ -289,11 +311,13 @@ def test_there_is_no_junction_where_it_would_cost_or_gain_nothing(role, axis):
     assert equalized(model) == []
 
 
-@pytest.mark.parametrize("iters", [0, 20])
-def test_ranges_stay_as_the_readers_outside_of_a_unit_want_them(iters):
+@pytest.mark.parametrize(
+    ("iters", "scope", "kept"), [(0, "network", 0), (20, "network", 2), (20, "stem", 1)]
+)
+def test_ranges_stay_as_the_readers_outside_of_a_unit_want_them(iters, scope, kept):
     config = small_config(
         model__type="resnet50",
-        quant__equalize={"iters": iters, "lr": 0.05},
+        quant__equalize={"iters": iters, "lr": 0.05, "scope": scope},
         quant__ends_8bit=[],
         quant__recon__scale_lr=1e-3,
     )
@@ -303,9 +327,9 @@ def test_ranges_stay_as_the_readers_outside_of_a_unit_want_them(iters):
     def read_outside() -> list[FakeQuantize]:
         return [model.stem.output_quantizer, model.blocks[0].join.output_quantizer]
 
-    assert all((type(quantizer) is FixedFakeQuantize) == (iters > 0) for quantizer in read_outside())
+    assert [type(q) is FixedFakeQuantize for q in read_outside()] == [kept >= 1, kept >= 2]
     before = [float(quantizer.scale) for quantizer in read_outside()]
     for _ in zip(range(2), reconstruct(model, IMAGES, recon_settings(config), seed=7), strict=False):
         pass
     after = [float(quantizer.scale) for quantizer in read_outside()]
-    assert (after == before) == (iters > 0)
+    assert [a == b for a, b in zip(after, before, strict=True)] == [kept >= 1, kept >= 2]

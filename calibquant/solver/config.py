@@ -26,7 +26,7 @@ from calibquant.model.resnet import ARCHITECTURES
 from calibquant.quantization.fake_quant import QUANTIZERS
 from calibquant.quantization.observer import OBSERVERS
 from calibquant.quantization.rounding import ROUNDINGS
-from calibquant.solver.equalize import EqualizeSettings
+from calibquant.solver.equalize import SCOPES, EqualizeSettings
 from calibquant.solver.learn import ReconSettings
 from calibquant.solver.pipeline import float_model_on_meta, quantize_model
 
@@ -214,6 +214,12 @@ KEYS: list[Key] = [
         EQUALIZE["lr"],
         number(0),
         "Adam learning rate of those scales' logarithms, cosine to 0",
+    ),
+    Key(
+        "quant.equalize.scope",
+        EQUALIZE["scope"],
+        choice(*SCOPES),
+        "whose activations are scaled: all, or those that the stem writes",
     ),
     Key("quant.calibrate", 1024, integer(1, 10**9), "calibration images taken from the calibration folder"),
     Key("quant.recon.batch_size", RECON["batch_size"], integer(1, 10**6), "images per optimisation step"),

@@ -30,6 +30,8 @@ BELOW = 0.001
 """Share of a channel's values that may lie below what counts as its floor."""
 IMAGES = 256
 """Images that are looked at: a step size for each channel needs no more."""
+SCOPES = ("network", "stem")
+"""Whose activations are scaled: all, or those that the stem writes."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class EqualizeSettings:
     shift: bool = False
     iters: int = 0
     lr: float = 0.05
+    scope: str = "network"
 
 
 @torch.no_grad()
@@ -108,12 +111,19 @@ def stages(model: QuantResNet) -> list[Stage]:
     return found
 
 
-def settle_ranges(model: QuantResNet) -> None:
+def scaled_junctions(model: QuantResNet, scope: str) -> list[Junction]:
+    """The junctions in a scope: all, or the one that begins with the stem, if scaling it pays."""
+    return [j for j in junctions(model) if scope == "network" or j.writers[0] is model.stem.conv1]
+
+
+def settle_ranges(model: QuantResNet, scope: str = "network") -> None:
     """Let reconstruction leave the ranges of what is read outside of its own unit as they are.
 
     A unit would learn for its own output what equalization learns for those who read it.
     """
-    scaled = {quantizer for junction in junctions(model) for quantizer, _ in junction.readings}
+    scaled = {
+        quantizer for junction in scaled_junctions(model, scope) for quantizer, _ in junction.readings
+    }
     joins = [block.join for block in model.blocks if isinstance(block, QuantResidualBlock)]
     for part in (model.stem, *joins):
         quantizer = part.output_quantizer
@@ -146,12 +156,12 @@ def equalize(
     device = next(model.buffers()).device
     generator = torch.Generator(device).manual_seed(seed)
     store = Store(device, torch.float16)
-    everywhere, results = junctions(model), []
+    scaled, results = scaled_junctions(model, settings.scope), []
     chosen = torch.randperm(len(images), generator=generator, device=device)[:IMAGES]
     x = images[chosen.to(images.device)].to(device)
     for stage in stages(model):
         inside = {q for part in stage.parts for _, q in quantizers(part, Role.ACTIVATION)}
-        here = [junction for junction in everywhere if junction.readings[0][0] in inside]
+        here = [junction for junction in scaled if junction.readings[0][0] in inside]
         own, whole = nn.Sequential(*stage.parts), nn.Sequential(*stage.parts, stage.reader)
         with full_precision(whole):
             output = run_batched(own, [x], batch_size, device, store)

@@ -75,7 +75,7 @@ def quantize_model(model: ResNet, config: EasyDict) -> QuantResNet:
     with torch.no_grad():
         quantized = QuantResNet(model, quant_spec(config)).to(device).eval()
     if config.quant.equalize.iters:
-        settle_ranges(quantized)
+        settle_ranges(quantized, config.quant.equalize.scope)
     return quantized
 
 
