@@ -31,6 +31,7 @@ PRESETS: dict[str, Edits] = {
     "qdrop": {
         "quant.equalize.shift": False,
         "quant.equalize.iters": 0,
+        "quant.equalize.scope": "network",
         "quant.recon.round_mode": "learned_hard_sigmoid",
         "quant.recon.drop_prob": 0.5,
         "quant.recon.granularity": "block",
