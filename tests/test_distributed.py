@@ -247,7 +247,7 @@ def test_a_job_leaves_one_log_and_one_file_near_those_of_a_single_process(place,
             logits.append(model(IMAGES))
     assert metadata["processes"] == 1
     float_model = random_float_model(small_config(model__kwargs__num_classes=5))
-    float_model.load_state_dict(torch.load(place / "float.pth"))
+    float_model.load_state_dict(torch.load(place / "float.pth", weights_only=True))
     with torch.no_grad():
         distance = (logits[0] - logits[1]).norm() / (logits[1] - float_model(IMAGES)).norm()
     assert distance < 1, "two networks are nearer to each other than to the float one"

@@ -116,7 +116,7 @@ def scaled_junctions(model: QuantResNet, scope: str) -> list[Junction]:
     return [j for j in junctions(model) if scope == "network" or j.writers[0] is model.stem.conv1]
 
 
-def settle_ranges(model: QuantResNet, scope: str = "network") -> None:
+def settle_ranges(model: QuantResNet, scope: str) -> None:
     """Let reconstruction leave the ranges of what is read outside of its own unit as they are.
 
     A unit would learn for its own output what equalization learns for those who read it.
@@ -165,8 +165,8 @@ def equalize(
         own, whole = nn.Sequential(*stage.parts), nn.Sequential(*stage.parts, stage.reader)
         with full_precision(whole):
             output = run_batched(own, [x], batch_size, device, store)
-            target = run_batched(stage.reader, [output], batch_size, device, store)
             if here:
+                target = run_batched(stage.reader, [output], batch_size, device, store)
                 task = Task(whole, here, x, target, batch_size)
                 start = [log_steps(junction) for junction in here]
                 before = task.error(start)
