@@ -32,6 +32,7 @@ from benchmarks.ablation_plan import (
     plan,
     resized,
     unique,
+    unused,
 )
 from benchmarks.ablation_report import (
     as_json,
@@ -59,7 +60,8 @@ def main() -> None:
     for folder in (args.work, *(path.parent for path in (args.out, args.plot) if path)):
         require_writable(folder)
     device = choose_device(args.device)
-    finished = run_all(points, Scorer(config, device), args.work)
+    others = unused(config.data, points) if args.unused else []
+    finished = run_all(points, Scorer(config, device, others), args.work)
     comparisons, effects = compare(finished), set_effects(finished, scores)
     if args.out:
         about = {
@@ -151,6 +153,11 @@ def arguments() -> argparse.Namespace:
         "default: the config's own",
     )
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the config's own")
+    parser.add_argument(
+        "--unused",
+        action="store_true",
+        help="score the images of the train folder that no run calibrates with, too, and tell both",
+    )
     parser.add_argument("--steps", type=int, help="quant.recon.iters of all runs")
     parser.add_argument("--images", type=int, help="quant.calibrate of all runs")
     parser.add_argument("--batch_size", type=int, help="quant.recon.batch_size of all runs")

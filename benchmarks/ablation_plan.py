@@ -17,7 +17,7 @@ from easydict import EasyDict
 from calibquant.errors import UserError, printable
 from calibquant.paths import expand
 from calibquant.solver.config import KEYS, check_config, load_config, lookup, plain
-from calibquant.solver.imagenet_util import content_hash, drawn
+from calibquant.solver.imagenet_util import Sample, class_names, content_hash, drawn, list_samples
 from calibquant.solver.rank_sets import ImageSet, find_set
 from calibquant.solver.resume import HARMLESS
 
@@ -223,6 +223,25 @@ def taken(one: ImageSet, count: int, seed: int) -> ImageSet:
     """The images that `quant.calibrate` takes of a set."""
     chosen = drawn(len(one.paths), count, seed)
     return ImageSet(one.given, [one.paths[i] for i in chosen], [one.names[i] for i in chosen])
+
+
+def unused(data: EasyDict, points: Iterable[Point]) -> list[Sample]:
+    """Images of the train folder that no run calibrates with, told by their names, with their classes.
+
+    Raises:
+        UserError: the folder is missing, its images are not in class folders, or all are used.
+    """
+    folder = expand(data.path) / "train"
+    seen = {path.name for point in points for path in point.images.paths}
+    found = [
+        sample
+        for sample in list_samples(folder, class_names(data), "train folder")
+        if sample[0].name not in seen
+    ]
+    if not found or found[-1][1] == -1:
+        what = f"{found[-1][0].name} is in no class folder" if found else "runs calibrate with every image"
+        raise UserError(f"--unused: train folder {folder}: {what}")
+    return found
 
 
 def plan(

@@ -144,9 +144,22 @@ def _values(row: Mapping[str, Any]) -> dict[str, float]:
     return {score: float(value) for score, value in both.items() if value is not None}
 
 
+def on_val(finished: Finished) -> Finished:
+    """The runs with nothing but what the val folder's images say."""
+    return [(point, result.on_val()) for point, result in finished]
+
+
+def scores_others(finished: Finished) -> bool:
+    """Whether other images than the val folder's were scored."""
+    first = finished[0][1]
+    return first.val_images < len(first.reconstructed["kl"])
+
+
 def markdown(finished: Finished, comparisons: Sequence[Comparison], effects: Sequence[SetEffect]) -> str:
-    """All tables, those without a row left out."""
+    """All tables, those without a row left out; of comparisons a second one of val images alone."""
     tables = [runs_table(finished), comparison_table(comparisons), sets_table(effects)]
+    if scores_others(finished):
+        tables[2:2] = ["Val images alone:", comparison_table(compare(on_val(finished)))]
     return "\n\n".join(table for table in tables if table)
 
 
@@ -223,9 +236,15 @@ def as_json(
 ) -> dict[str, Any]:
     """Runs and what they say together, without values of single images."""
     first = finished[0][1]
+    alone = {}
+    if scores_others(finished):
+        found = [asdict(one) for one in compare(on_val(finished))]
+        alone = {"on_val": {"float_top1": first.float_val_top1, "comparisons": found}}
     return {
-        "val_images": len(first.reconstructed["kl"]),
+        "val_images": first.val_images,
+        "other_images": len(first.reconstructed["kl"]) - first.val_images,
         "float_top1": first.float_top1,
+        **alone,
         "runs": [run_summary(point, result) for point, result in finished],
         "baseline": finished[0][0].variant,
         "comparisons": [asdict(one) for one in comparisons],

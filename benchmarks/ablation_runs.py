@@ -2,16 +2,19 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from easydict import EasyDict
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from benchmarks.ablation_plan import Point
 from benchmarks.ablation_statistics import Values
@@ -21,7 +24,14 @@ from calibquant.solver.checkpoint import checksum
 from calibquant.solver.fast import choose_engine
 from calibquant.solver.files import write_bytes
 from calibquant.solver.image_reader import Reader
-from calibquant.solver.imagenet_util import batches, report_unreadable, validation_loader
+from calibquant.solver.imagenet_util import (
+    Sample,
+    batches,
+    evaluation_transform,
+    make_loader,
+    report_unreadable,
+    validation_loader,
+)
 from calibquant.solver.main_imagenet import progress_bar
 from calibquant.solver.pipeline import (
     calibrate,
@@ -41,7 +51,7 @@ STAGES = ("range_only", "reconstructed")
 """When a run's network is scored."""
 
 Outcome = dict[str, Values]
-"""By metric, a value per val image, ``[images]``."""
+"""By metric, a value per image that is scored, ``[images]``, those of the val folder first."""
 
 
 @dataclass(frozen=True)
@@ -49,65 +59,91 @@ class Result:
     """What a run left.
 
     Attributes:
-        float_top1: of the float network, in percent.
+        val_images: how many images of the val folder were scored.
+        float_top1, float_val_top1: of the float network, in percent, on all images and on those.
         reverted: units that learning made no better, kept as before it.
         seconds: by stage.
         range_only, reconstructed: the network before and after reconstruction.
     """
 
+    val_images: int
     float_top1: float
+    float_val_top1: float
     reverted: int
     seconds: dict[str, float]
     range_only: Outcome
     reconstructed: Outcome
 
+    def on_val(self) -> "Result":
+        """The same of the val folder's images alone."""
+        range_only, reconstructed = (
+            {metric: values[: self.val_images] for metric, values in outcome.items()}
+            for outcome in (self.range_only, self.reconstructed)
+        )
+        return replace(
+            self, float_top1=self.float_val_top1, range_only=range_only, reconstructed=reconstructed
+        )
+
 
 class Scorer:
-    """The float network and the val images, which all runs share.
+    """The float network and the images to score, which all runs share.
 
     Args:
         config: checked; of it only what no variant may change is read.
+        others: images to score beside those of the val folder, after them.
     """
 
-    def __init__(self, config: EasyDict, device: torch.device) -> None:
+    def __init__(self, config: EasyDict, device: torch.device, others: Sequence[Sample] = ()) -> None:
         self.config, self.device = config, device
         self.model = float_model(config).to(device)
-        self.loader = validation_loader(config)
+        self.loaders = [validation_loader(config)]
+        if others:
+            self.loaders.append(make_loader(list(others), evaluation_transform(config.data), config))
 
     @cached_property
     def identity(self) -> str:
-        """Tells weights and val images apart, the latter by their names."""
-        names = [f"{path.parent.name}/{path.name}" for path, _ in self.loader.dataset.samples]
+        """Tells weights and images apart, the latter by their names."""
+        samples = chain.from_iterable(loader.dataset.samples for loader in self.loaders)
+        names = [f"{path.parent.name}/{path.name}" for path, _ in samples]
         return checksum({"weights": dict(self.model.state_dict()), "val": names})
 
     @cached_property
-    def reference(self) -> Reference:
-        """The float network's logits and the classes, an image an entry; found when first needed."""
-        pairs = list(self._run(self.model))
-        if not pairs:
+    def references(self) -> list[Reference]:
+        """The float network's logits and the classes, an image an entry: on the val folder, and on all.
+
+        Found when first needed.
+        """
+        pairs = [list(self._run(self.model, loader)) for loader in self.loaders]
+        if not pairs[0]:
             raise UserError("val folder: no image in it can be read")
-        return Reference([logits for logits, _ in pairs], [target for _, target in pairs])
+        return [
+            Reference([logits for logits, _ in some], [target for _, target in some])
+            for some in (pairs[0], list(chain.from_iterable(pairs)))
+        ]
 
     @property
-    def float_top1(self) -> float:
-        top1 = self.reference.compare(self.reference.logits).top1
-        assert top1 is not None
-        return top1
+    def float_top1(self) -> tuple[float, float]:
+        """In percent, on the val folder and on all images."""
+        val, everything = (one.compare(one.logits).top1 for one in self.references)
+        assert val is not None and everything is not None
+        return val, everything
 
     def outcome(self, network: nn.Module) -> Outcome:
-        """Each val image's metrics of a network against the float one."""
-        assert self.reference.targets is not None
-        known = zip(self.reference.logits, self.reference.targets, strict=True)
+        """Each image's metrics of a network against the float one."""
+        everything = self.references[1]
+        assert everything.targets is not None
+        known = zip(everything.logits, everything.targets, strict=True)
+        found = chain.from_iterable(self._run(network, loader) for loader in self.loaders)
         costs: list[Cost] = [
-            Reference([logits], [target]).compare([found])
-            for (logits, target), (found, _) in zip(known, self._run(network), strict=True)
+            Reference([logits], [target]).compare([other])
+            for (logits, target), (other, _) in zip(known, found, strict=True)
         ]
         return {metric: np.array([asdict(cost)[metric] for cost in costs], float) for metric in METRICS}
 
     @torch.no_grad()
-    def _run(self, network: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits ``[1, classes]`` and class ``[1]`` of each readable val image, on the CPU."""
-        for batch in batches(self.loader, "evaluate"):
+    def _run(self, network: nn.Module, loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits ``[1, classes]`` and class ``[1]`` of each readable image, on the CPU."""
+        for batch in batches(loader, "evaluate"):
             report_unreadable(batch, self.config.data.skip_unreadable)
             if len(batch.images):
                 logits = network(batch.images.to(self.device, non_blocking=True)).cpu()
@@ -130,7 +166,7 @@ def execute(point: Point, scorer: Scorer, folder: Path) -> Result:
     """
     config, seconds = point.config, dict[str, float]()
     fix_randomness(config.process.seed, config.process.deterministic)
-    images, float_top1 = calibration_images(point), scorer.float_top1
+    images, (float_val_top1, float_top1) = calibration_images(point), scorer.float_top1
     with timed(seconds, "calibrate"):
         network = quantize_model(scorer.model, config)
         calibrate(network, images, config)
@@ -145,7 +181,8 @@ def execute(point: Point, scorer: Scorer, folder: Path) -> Result:
         reverted = sum(unit.reverted for unit in units)
     with timed(seconds, "evaluate"):
         reconstructed = scorer.outcome(network)
-    return Result(float_top1, reverted, seconds, range_only, reconstructed)
+    val_images = len(scorer.references[0].logits)
+    return Result(val_images, float_top1, float_val_top1, reverted, seconds, range_only, reconstructed)
 
 
 def calibration_images(point: Point) -> Tensor:
@@ -171,8 +208,8 @@ def recall(path: Path) -> Result | None:
         return None
     try:
         kept = json.loads(path.read_text())["result"]
-        outcomes = [{m: np.array(kept[stage][m], float) for m in METRICS} for stage in STAGES]
-        return Result(kept["float_top1"], kept["reverted"], kept["seconds"], *outcomes)
+        outcomes = {stage: {m: np.array(kept[stage][m], float) for m in METRICS} for stage in STAGES}
+        return Result(**{**kept, **outcomes})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as a run; remove it to run anew") from error
 

@@ -139,12 +139,12 @@ def run(place: Path, monkeypatch, *arguments: str) -> int:
     return stopped.value.code
 
 
-def ablate(place: Path, patch, variants=VARIANTS, bits=("w2a4",), sets=SETS, seeds=SEEDS) -> int:
+def ablate(place: Path, patch, variants=VARIANTS, bits=("w2a4",), sets=SETS, seeds=SEEDS, more=()) -> int:
     """The command at a tiny budget."""
     budget = ("--steps", "3", "--images", "8", "--batch_size", "4", "--input_size", "12")
     points = ("--variants", *variants, "--bits", *bits, "--sets", *sets, "--seeds", *seeds)
     outputs = ("--out", "out.json", "--plot", "plot.png", "--scores", "scores.json")
-    return run(place, patch, *points, *budget, *outputs)
+    return run(place, patch, *points, *budget, *outputs, *more)
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +210,20 @@ def test_only_what_is_new_is_run(finished, place, monkeypatch, capsys):
     assert [" kept: w2a4 " in line for line in lines] == [True, True, False, False] * 2
 
 
+def test_images_that_no_run_calibrates_with_are_scored_too(finished, place, monkeypatch, capsys):
+    """Four of sixteen train images are left; what is said of the val folder stays what it was."""
+    more = ("--unused", "--out", "unused.json", "--plot", "unused.png")
+    assert ablate(place, monkeypatch, sets=SETS[:2], seeds=SEEDS[:1], more=more) == 0
+    found = json.loads((place / "unused.json").read_text())
+    assert found["val_images"] == 12 and found["other_images"] == 4
+    before = [r for r in finished["runs"] if r["set"] in ("list0", "list1") and r["seed"] == int(SEEDS[0])]
+    for one, whole in zip(found["on_val"]["comparisons"], found["comparisons"], strict=True):
+        kl = np.mean([r["reconstructed"]["kl"] for r in before if r["variant"] == one["variant"]])
+        assert one["means"]["kl"] == pytest.approx(kl) != pytest.approx(whole["means"]["kl"])
+    out = capsys.readouterr().out
+    assert "Val images alone:" in out and out.count("| bits | variant | runs |") == 2
+
+
 def test_a_run_is_that_of_main_imagenet(place, monkeypatch):
     """On the default set: the same images, and the network that it saves."""
     assert (
@@ -247,6 +261,7 @@ MISTAKES = {
     ],
     "has no score of the set": ["--variants", "ours", "--scores", "empty.json"],
     "--plot p.jpg: allowed are": ["--variants", "ours", "--plot", "p.jpg"],
+    "runs calibrate with every image": ["--variants", "ours", "--images", "16", "--unused"],
     "--plot shows what sets change": ["--variants", "ours", "--plot", "p.png"],
 }
 
