@@ -39,6 +39,7 @@ from benchmarks.ablation_report import (
     compare,
     markdown,
     means,
+    on_val,
     plot_sets,
     read_scores,
     require_format,
@@ -63,6 +64,7 @@ def main() -> None:
     others = unused(config.data, points) if args.unused else []
     finished = run_all(points, Scorer(config, device, others), args.work)
     comparisons, effects = compare(finished), set_effects(finished, scores)
+    of_val = compare(on_val(finished)) if others else []
     if args.out:
         about = {
             "command": " ".join(["python", *sys.argv]),
@@ -72,10 +74,10 @@ def main() -> None:
             "config": plain(config),
             "variants": {point.variant: changes(point.config, config) for point in points},
         }
-        write_json(args.out, about | as_json(finished, comparisons, effects, scores))
+        write_json(args.out, about | as_json(finished, comparisons, of_val, effects, scores))
     if args.plot:
         plot_sets(args.plot, effects, finished[0][1].float_top1)
-    print(markdown(finished, comparisons, effects))
+    print(markdown(finished, comparisons, of_val, effects))
 
 
 def prepare(args: argparse.Namespace) -> tuple[EasyDict, list[Point]]:

@@ -17,7 +17,14 @@ from easydict import EasyDict
 from calibquant.errors import UserError, printable
 from calibquant.paths import expand
 from calibquant.solver.config import KEYS, check_config, load_config, lookup, plain
-from calibquant.solver.imagenet_util import Sample, class_names, content_hash, drawn, list_samples
+from calibquant.solver.imagenet_util import (
+    Sample,
+    class_names,
+    content_hash,
+    drawn,
+    list_samples,
+    require_classes,
+)
 from calibquant.solver.rank_sets import ImageSet, find_set
 from calibquant.solver.resume import HARMLESS
 
@@ -238,9 +245,10 @@ def unused(data: EasyDict, points: Iterable[Point]) -> list[Sample]:
         for sample in list_samples(folder, class_names(data), "train folder")
         if sample[0].name not in seen
     ]
-    if not found or found[-1][1] == -1:
-        what = f"{found[-1][0].name} is in no class folder" if found else "runs calibrate with every image"
-        raise UserError(f"--unused: train folder {folder}: {what}")
+    where = f"--unused: train folder {folder}"
+    if not found:
+        raise UserError(f"{where}: runs calibrate with every image")
+    require_classes(found, where)
     return found
 
 

@@ -149,17 +149,19 @@ def on_val(finished: Finished) -> Finished:
     return [(point, result.on_val()) for point, result in finished]
 
 
-def scores_others(finished: Finished) -> bool:
-    """Whether other images than the val folder's were scored."""
-    first = finished[0][1]
-    return first.val_images < len(first.reconstructed["kl"])
+def markdown(
+    finished: Finished,
+    comparisons: Sequence[Comparison],
+    of_val: Sequence[Comparison],
+    effects: Sequence[SetEffect],
+) -> str:
+    """All tables, those without a row left out.
 
-
-def markdown(finished: Finished, comparisons: Sequence[Comparison], effects: Sequence[SetEffect]) -> str:
-    """All tables, those without a row left out; of comparisons a second one of val images alone."""
-    tables = [runs_table(finished), comparison_table(comparisons), sets_table(effects)]
-    if scores_others(finished):
-        tables[2:2] = ["Val images alone:", comparison_table(compare(on_val(finished)))]
+    Args:
+        of_val: the comparisons on val images alone; empty where no others were scored.
+    """
+    alone = ["Val images alone:", comparison_table(of_val)] if of_val else []
+    tables = [runs_table(finished), comparison_table(comparisons), *alone, sets_table(effects)]
     return "\n\n".join(table for table in tables if table)
 
 
@@ -232,14 +234,16 @@ def run_summary(point: Point, result: Result) -> dict[str, Any]:
 
 
 def as_json(
-    finished: Finished, comparisons: Sequence[Comparison], effects: Sequence[SetEffect], scores: Scores
+    finished: Finished,
+    comparisons: Sequence[Comparison],
+    of_val: Sequence[Comparison],
+    effects: Sequence[SetEffect],
+    scores: Scores,
 ) -> dict[str, Any]:
-    """Runs and what they say together, without values of single images."""
+    """Runs and what they say together, without values of single images; see :func:`markdown`."""
     first = finished[0][1]
-    alone = {}
-    if scores_others(finished):
-        found = [asdict(one) for one in compare(on_val(finished))]
-        alone = {"on_val": {"float_top1": first.float_val_top1, "comparisons": found}}
+    found = [asdict(one) for one in of_val]
+    alone = {"on_val": {"float_top1": first.float_val_top1, "comparisons": found}} if found else {}
     return {
         "val_images": first.val_images,
         "other_images": len(first.reconstructed["kl"]) - first.val_images,

@@ -108,7 +108,7 @@ class Scorer:
         return checksum({"weights": dict(self.model.state_dict()), "val": names})
 
     @cached_property
-    def references(self) -> list[Reference]:
+    def references(self) -> tuple[Reference, Reference]:
         """The float network's logits and the classes, an image an entry: on the val folder, and on all.
 
         Found when first needed.
@@ -116,10 +116,11 @@ class Scorer:
         pairs = [list(self._run(self.model, loader)) for loader in self.loaders]
         if not pairs[0]:
             raise UserError("val folder: no image in it can be read")
-        return [
+        val, everything = (
             Reference([logits for logits, _ in some], [target for _, target in some])
             for some in (pairs[0], list(chain.from_iterable(pairs)))
-        ]
+        )
+        return val, everything
 
     @property
     def float_top1(self) -> tuple[float, float]:
@@ -130,7 +131,7 @@ class Scorer:
 
     def outcome(self, network: nn.Module) -> Outcome:
         """Each image's metrics of a network against the float one."""
-        everything = self.references[1]
+        _, everything = self.references
         assert everything.targets is not None
         known = zip(everything.logits, everything.targets, strict=True)
         found = chain.from_iterable(self._run(network, loader) for loader in self.loaders)
@@ -181,8 +182,8 @@ def execute(point: Point, scorer: Scorer, folder: Path) -> Result:
         reverted = sum(unit.reverted for unit in units)
     with timed(seconds, "evaluate"):
         reconstructed = scorer.outcome(network)
-    val_images = len(scorer.references[0].logits)
-    return Result(val_images, float_top1, float_val_top1, reverted, seconds, range_only, reconstructed)
+    val, _ = scorer.references
+    return Result(len(val.logits), float_top1, float_val_top1, reverted, seconds, range_only, reconstructed)
 
 
 def calibration_images(point: Point) -> Tensor:

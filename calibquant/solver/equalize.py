@@ -112,8 +112,8 @@ def stages(model: QuantResNet) -> list[Stage]:
 
 
 def scaled_junctions(model: QuantResNet, scope: str) -> list[Junction]:
-    """The junctions in a scope: all, or the one that begins with the stem, if scaling it pays."""
-    return [j for j in junctions(model) if scope == "network" or j.writers[0] is model.stem.conv1]
+    """The junctions in a scope: all, or the one that the stem writes to, if scaling it pays."""
+    return [j for j in junctions(model) if scope == "network" or model.stem.conv1 in j.writers]
 
 
 def settle_ranges(model: QuantResNet, scope: str) -> None:

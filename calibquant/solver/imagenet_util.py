@@ -176,6 +176,17 @@ def list_samples(folder: Path, classes: list[str], what: str) -> list[Sample]:
     return samples
 
 
+def require_classes(samples: list[Sample], where: str) -> None:
+    """Refuse images, listed as :func:`list_samples` does, of which one has no class.
+
+    Raises:
+        UserError: naming it.
+    """
+    path, target = samples[-1]
+    if target == -1:
+        raise UserError(f"{where}: {path.name} is in no class folder")
+
+
 def evaluation_transform(data: EasyDict) -> Callable[[Image.Image], Tensor]:
     """Resize the shorter side, crop the centre, normalise: torchvision's usual evaluation."""
     return _compose([*_centre(data), *_to_normalized(data)])
@@ -332,8 +343,7 @@ def validation_loader(config: EasyDict, peers: Peers | None = None) -> DataLoade
             f"({config.data.classes}) lists {len(classes)} classes"
         )
     samples = list_samples(expand(config.data.path) / "val", classes, "val folder")
-    if samples[-1][1] == -1:
-        raise UserError(f"val folder {config.data.path}/val: {samples[-1][0].name} is in no class folder")
+    require_classes(samples, f"val folder {config.data.path}/val")
     if peers:
         samples = samples[peers.share(len(samples), "val")]
     return make_loader(samples, evaluation_transform(config.data), config)
