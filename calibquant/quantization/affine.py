@@ -103,7 +103,7 @@ def fake_quantize_affine(
     if x.is_cuda and mask is None and scale.numel() == 1 and not torch.is_grad_enabled():
         zero_point = integer_zero_point(zero_point, quant_min, quant_max).to(torch.int32)
         return fake_quantize_in_one_pass(x, scale, zero_point, quant_min, quant_max)
-    if channels_last(x):
+    if is_channels_last(x):
         stored = as_stored(x), as_stored(scale), as_stored(zero_point)
         drawn = None if mask is None else as_stored(mask)
         return as_axes(fake_quantize_affine(*stored, quant_min, quant_max, grad_factor, drawn), x)
@@ -129,7 +129,7 @@ def integer_zero_point(zero_point: Tensor, quant_min: int, quant_max: int) -> Te
     return torch.round(zero_point).clamp(quant_min, quant_max)
 
 
-def channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     """Whether ``x`` is ``[N, C, H, W]`` by its axes and ``[N, H, W, C]`` in memory.
 
     What has gradients of its own is given such tensors as they are stored: compiled code would copy each
@@ -199,7 +199,7 @@ def lsq_grad_factor(x: Tensor, qparam: Tensor, quant_max: int) -> float:
 
 def rectified_sigmoid(logits: Tensor) -> Tensor:
     """Soft rounding ``h`` in [0, 1] from rounding logits (AdaRound, Nagel et al. 2020, eq. 23)."""
-    if channels_last(logits):
+    if is_channels_last(logits):
         return as_axes(rectified_sigmoid(as_stored(logits)), logits)
     result: Tensor = _RectifiedSigmoid.apply(logits)
     return result
