@@ -1,15 +1,20 @@
 """The fast path: the losses and the network of the plain one, and a plain word where it cannot run."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.utils import fresh_cache
 
 from calibquant.model.quant_layer import layers
 from calibquant.solver import fast, learn
 from calibquant.solver.caches import staged_batches
 from calibquant.solver.checkpoint import load_checkpoint, save_checkpoint
-from calibquant.solver.fast import CompiledAdam, FastEngine, choose_engine
+from calibquant.solver.fast import CompiledAdam, FastEngine, choose_engine, why_not_compile
 from calibquant.solver.learn import Engine, objective
 from calibquant.solver.pipeline import recon_settings
 from calibquant.solver.recon import reconstruct
@@ -156,6 +161,34 @@ def test_without_a_compiler_the_plain_path_runs_and_one_line_says_so(monkeypatch
         "steps run uncompiled, several times slower: No working C++ compiler found"
     ]
     assert type(choose_engine("never")) is Engine
+
+
+def test_what_a_compilation_killed_on_the_way_left_does_no_harm(caplog):
+    compile_once = "import torch; torch.compile(lambda x: x * 2 + 1, fullgraph=True)(torch.ones(32))"
+    with fresh_cache(), caplog.at_level("INFO", logger="calibquant"):
+        subprocess.run([sys.executable, "-c", compile_once], check=True)  # takes the folder from here
+        written = list(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).rglob("*.so"))
+        for path in written:
+            path.write_bytes(b"")
+        assert written
+        assert why_not_compile(CPU) is None
+    assert ["into an empty cache" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_where_compiling_fails_later_steps_go_on_as_written(monkeypatch, caplog):
+    def broken(_graph, _inputs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    engine = FastEngine(always=True)
+    engine.compiles = True
+    _, plain = run(Engine(), quant__recon__drop_prob=1.0)
+    with caplog.at_level("WARNING", logger="calibquant"):
+        _, results = run(engine, quant__recon__drop_prob=1.0)
+    assert [r.trace for r in results] == [r.trace for r in plain]
+    (record,) = [r for r in caplog.records if r.name == "calibquant"]
+    assert "steps run uncompiled" in record.getMessage()
+    assert "disk full" in record.getMessage()
 
 
 def test_small_work_is_not_compiled(monkeypatch):

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._inductor.utils import fresh_cache
 from torch.optim.adam import adam
 
 from calibquant.errors import printable
@@ -45,10 +47,10 @@ class FastEngine(Engine):
         if not self.always and work < WORTH_COMPILING[device.type]:
             return objective
         if self.compiles is None:
+            self.compiles = True
             why = why_not_compile(device)
-            self.compiles = why is None
             if why:
-                logger.warning("steps run uncompiled, several times slower: %s", why)
+                self.give_up(why)
         if not self.compiles:
             return objective
         if self.kind != kind_of(problem):
@@ -62,7 +64,14 @@ class FastEngine(Engine):
         return CompiledAdam(groups) if compiled else super().optimizer(groups, device)
 
     def step(self, step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
+        if self.compiles:
+            step = CompilingStep(step, self.give_up)
         return CapturedStep(step, generator) if generator.device.type == "cuda" else step
+
+    def give_up(self, why: str) -> None:
+        """Compile nothing more, and say so."""
+        self.compiles = False
+        logger.warning("steps run uncompiled, several times slower: %s", why)
 
 
 def kind_of(problem: Problem) -> object:
@@ -102,6 +111,31 @@ class CompiledAdam(torch.optim.Optimizer):
                 foreach=True, capturable=True, amsgrad=False, beta1=group["betas"][0],
                 beta2=group["betas"][1], lr=group["lr"], weight_decay=0.0, eps=group["eps"], maximize=False,
             )  # fmt: skip
+
+
+class CompilingStep:
+    """A step that compiles parts of itself on its first calls; where they cannot be, it runs as written.
+
+    What an attempt that failed has drawn at random is drawn anew.
+
+    Args:
+        written: the step.
+        give_up: told why, once.
+    """
+
+    def __init__(self, written: Callable[[], None], give_up: Callable[[str], None]) -> None:
+        self.written, self.give_up = written, give_up
+        self.eager = False
+
+    def __call__(self) -> None:
+        if not self.eager:
+            why = compile_trouble(self.written)
+            if why is None:
+                return
+            self.give_up(why)
+            self.eager = True
+        with torch.compiler.set_stance("force_eager"):
+            self.written()
 
 
 class CapturedStep:
@@ -152,11 +186,41 @@ def why_not_compile(device: torch.device) -> str | None:
 
     # on a machine without CUDA it says so on the terminal
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            x = torch.ones(32, device=device)
+            return compile_trouble(lambda: torch.compile(tiny, fullgraph=True)(x))
+        except Exception as error:  # whatever a backend, a compiler or a linker may raise
+            return first_line(error)
+
+
+def compile_trouble(call: Callable[[], object]) -> str | None:
+    """Call what compiles parts of itself, a second time if that fails, then into an empty cache.
+
+    A process killed while it compiles leaves a file cut short in torch's cache, on which every later one
+    fails.
+
+    Returns:
+        Why it failed again; None where it did not.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.compile(tiny, fullgraph=True)(torch.ones(32, device=device))
-    except Exception as error:  # whatever a backend, a compiler or a linker may raise
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        return printable(first[0], 200)
-    return None
+        call()
+        return None
+    except TorchDynamoException as error:
+        logger.info("compiling again, into an empty cache: %s", first_line(error))
+    torch.compiler.reset()
+    with fresh_cache():
+        try:
+            call()
+            return None
+        except TorchDynamoException as error:
+            return first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's message, for a terminal; the error's type where it has none."""
+    if isinstance(error, BackendCompilerFailed):
+        error = error.inner_exception
+    first = str(error).strip().splitlines() or [type(error).__name__]
+    return printable(first[0], 200)
