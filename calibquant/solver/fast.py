@@ -8,6 +8,7 @@ is computed stays what `learn.py` says: a test holds the losses of both together
 import logging
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,8 +66,21 @@ class FastEngine(Engine):
 
     def step(self, step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
         if self.compiles:
-            step = CompilingStep(step, self.give_up)
+            step = partial(self.compiling, step)
         return CapturedStep(step, generator) if generator.device.type == "cuda" else step
+
+    def compiling(self, step: Callable[[], None]) -> None:
+        """Run a step that compiles parts of itself on its first calls; where they cannot be, as written.
+
+        What an attempt that failed has drawn at random is drawn anew.
+        """
+        if self.compiles:
+            why = compile_trouble(step)
+            if why is None:
+                return
+            self.give_up(why)
+        with torch.compiler.set_stance("force_eager"):
+            step()
 
     def give_up(self, why: str) -> None:
         """Compile nothing more, and say so."""
@@ -111,31 +125,6 @@ class CompiledAdam(torch.optim.Optimizer):
                 foreach=True, capturable=True, amsgrad=False, beta1=group["betas"][0],
                 beta2=group["betas"][1], lr=group["lr"], weight_decay=0.0, eps=group["eps"], maximize=False,
             )  # fmt: skip
-
-
-class CompilingStep:
-    """A step that compiles parts of itself on its first calls; where they cannot be, it runs as written.
-
-    What an attempt that failed has drawn at random is drawn anew.
-
-    Args:
-        written: the step.
-        give_up: told why, once.
-    """
-
-    def __init__(self, written: Callable[[], None], give_up: Callable[[str], None]) -> None:
-        self.written, self.give_up = written, give_up
-        self.eager = False
-
-    def __call__(self) -> None:
-        if not self.eager:
-            why = compile_trouble(self.written)
-            if why is None:
-                return
-            self.give_up(why)
-            self.eager = True
-        with torch.compiler.set_stance("force_eager"):
-            self.written()
 
 
 class CapturedStep:
