@@ -35,7 +35,15 @@ from calibquant.solver.config import load_config
 from calibquant.solver.fast import FastEngine
 from calibquant.solver.files import write_json
 from calibquant.solver.imagenet_util import load_calibration
-from calibquant.solver.learn import Engine, Peers, ReconSettings, learn_unit, learning, start_rounding
+from calibquant.solver.learn import (
+    Engine,
+    Peers,
+    ReconSettings,
+    bfloat16_instructions,
+    learn_unit,
+    learning,
+    start_rounding,
+)
 from calibquant.solver.pipeline import calibrate, float_model, quantize_model, recon_settings
 from calibquant.solver.recon import (
     Means,
@@ -235,7 +243,9 @@ def machine(device: torch.device) -> dict[str, object]:
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
         cpu = names[0].partition(":")[2].strip() if names else cpu
     described: dict[str, object] = {"cpu": cpu, "threads": torch.get_num_threads()}
-    described["instructions"] = torch.backends.cpu.get_cpu_capability()
+    described["instructions"] = ", ".join(
+        [torch.backends.cpu.get_cpu_capability(), *bfloat16_instructions()]
+    )
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
     return described

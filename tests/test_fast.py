@@ -205,6 +205,12 @@ def test_bfloat16_steps_lower_the_error_where_the_machine_has_them(monkeypatch):
         assert a.error_after == pytest.approx(b.error_after, rel=0.3), a.name
 
 
+@pytest.mark.parametrize(("has", "pays"), [("amx_bf16", True), ("avx512_bf16", True), ("avx512_f", False)])
+def test_bfloat16_is_taken_up_where_a_cpu_has_instructions_for_it(monkeypatch, has, pays):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
+    assert learn.bfloat16_pays(CPU) is pays
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("keep_gpu", [True, False])
