@@ -1,9 +1,13 @@
 """Images get the right class and torchvision's pixels, none is lost unnamed, accuracy is counted right."""
 
+import contextlib
 import io
 import logging
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -401,3 +405,43 @@ def test_an_unreadable_image_never_raises_inside_a_loader(root: Path) -> None:
     item, target = ImageDataset([(path, 7)], evaluation_transform(make_config(root).data), 0)[0]
     assert isinstance(item, Unreadable) and item.path == path and target == 7
     assert item.reason and "\n" not in item.reason
+
+
+LOADING = """
+import os, sys, time
+from pathlib import Path
+from easydict import EasyDict
+from calibquant.solver.imagenet_util import make_loader
+from calibquant.solver.script import run_script
+
+def slow(image):
+    print(os.getpid(), flush=True)
+    time.sleep(100)
+
+config = EasyDict(data={"batch_size": 1, "num_workers": 1, "pin_memory": False}, process={"seed": 0})
+run_script(lambda: list(make_loader([(Path(sys.argv[1]), 0)], slow, config)))
+"""
+
+
+@pytest.mark.parametrize("whole_job", [True, False])
+def test_a_killed_data_loading_process_is_one_line(tmp_path: Path, whole_job: bool) -> None:
+    image = write_image(tmp_path / "image.png")
+    command = [sys.executable, "-c", LOADING, str(image)]
+    job = subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        worker = int(job.stdout.readline())
+        if whole_job:
+            os.killpg(job.pid, signal.SIGTERM)
+        else:
+            os.kill(worker, signal.SIGKILL)
+        _, lines = job.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    (line,) = lines.splitlines()
+    assert (
+        line == "interrupted" if whole_job else line.startswith("error: a data-loading process has ended")
+    )
+    assert job.returncode == (130 if whole_job else 2)

@@ -30,6 +30,11 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         _stop(one_line(error))
     except (MemoryError, RuntimeError) as error:
+        if str(error).startswith("DataLoader worker"):  # torch raises it wherever the program is by then
+            _stop(
+                f"a data-loading process has ended ({one_line(error)[:300]}), most likely out of memory; "
+                "lower data.num_workers or data.batch_size"
+            )
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not known and "can't allocate memory" not in str(error):
             raise
