@@ -22,8 +22,8 @@ from calibquant.errors import UserError
 from calibquant.report.plots import finite
 from calibquant.solver.files import write_atomically
 
-TITLES = {"top1": "top-1 %", "agreement": "agreement %", "kl": "KL"}
-DIGITS = {"top1": 2, "agreement": 2, "kl": 4}
+TITLES = {"top1": "top-1 %", "agreement": "agreement %", "kl": "KL", "rise": "rise of cross-entropy"}
+DIGITS = {"top1": 2, "agreement": 2, "kl": 4, "rise": 4}
 FORMATS = ("png", "svg")
 
 Finished = Sequence[tuple[Point, Result]]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from easydict import EasyDict
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from benchmarks.ablation_plan import Point
@@ -40,12 +41,12 @@ from calibquant.solver.pipeline import (
     quantize_model,
     recon_settings,
 )
-from calibquant.solver.probe import Cost, Reference
+from calibquant.solver.probe import Reference
 from calibquant.solver.recon import reconstruct
 from calibquant.solver.run_log import versions
 
-METRICS = ("top1", "agreement", "kl")
-"""What is measured of each image: see :class:`Cost`; per image, a percentage is 0 or 100."""
+METRICS = ("top1", "agreement", "kl", "rise")
+"""What is measured of each image: see :func:`image_metrics`."""
 
 STAGES = ("range_only", "reconstructed")
 """When a run's network is scored."""
@@ -135,11 +136,11 @@ class Scorer:
         assert everything.targets is not None
         known = zip(everything.logits, everything.targets, strict=True)
         found = chain.from_iterable(self._run(network, loader) for loader in self.loaders)
-        costs: list[Cost] = [
-            Reference([logits], [target]).compare([other])
+        images = [
+            image_metrics(logits, other, target)
             for (logits, target), (other, _) in zip(known, found, strict=True)
         ]
-        return {metric: np.array([asdict(cost)[metric] for cost in costs], float) for metric in METRICS}
+        return {metric: np.array([image[metric] for image in images], float) for metric in METRICS}
 
     @torch.no_grad()
     def _run(self, network: nn.Module, loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -149,6 +150,20 @@ class Scorer:
             if len(batch.images):
                 logits = network(batch.images.to(self.device, non_blocking=True)).cpu()
                 yield from zip(logits.split(1), batch.targets.split(1), strict=True)
+
+
+def image_metrics(expected: Tensor, found: Tensor, target: Tensor) -> dict[str, float]:
+    """What quantization costs on one image: :class:`Cost`'s metrics, percentages 0 or 100, and ``rise``.
+
+    That is by how much the cross-entropy to the image's class rises, in nats: like top-1 it knows what is
+    right, and unlike top-1 it has a value for images on which the prediction stays.
+
+    Args:
+        expected, found: logits ``[1, classes]`` of the float network and of the other.
+        target: class ``[1]``.
+    """
+    before, after = (float(F.cross_entropy(logits.double(), target)) for logits in (expected, found))
+    return asdict(Reference([expected], [target]).compare([found])) | {"rise": after - before}
 
 
 @contextmanager

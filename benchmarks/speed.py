@@ -75,12 +75,13 @@ def main() -> None:
         measure(unit, data, settings, device, peer, args)
         for unit, data in units_with_data(quantized, images, settings, device, args.units)
     ]
-    rows.append(in_all(rows))
-    print(table(rows))
-    result = {"batch": args.batch, "steps": args.steps, "units": rows}
-    if args.units == "all":  # by now every unit is hardened
-        result["evaluation"] = evaluation(model, quantized, images[: args.batch].to(device), args.rounds)
-        print(json.dumps(result["evaluation"]))
+    if rows:
+        rows.append(in_all(rows))
+        print(table(rows))
+    result: dict[str, object] = {"batch": args.batch, "steps": args.steps, "units": rows}
+    # by now every unit is hardened
+    result["evaluation"] = evaluation(model, quantized, images[: args.batch].to(device), args.rounds)
+    print(json.dumps(result["evaluation"]))
     if args.out:
         command = " ".join(["python", *sys.argv])
         about = {"command": command, "machine": machine(device), "versions": versions()}
@@ -254,7 +255,7 @@ def machine(device: torch.device) -> dict[str, object]:
 def arguments() -> argparse.Namespace:
     parser = config_parser(__doc__)
     parser.add_argument("--peer", help="folder of a checkout of QDrop")
-    parser.add_argument("--units", default="all", help="names, separated by commas")
+    parser.add_argument("--units", default="all", help="names, separated by commas; all, or none")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3, help="steps of each round that count")

@@ -70,8 +70,8 @@ def test_equal_variants_differ_by_nothing_and_one_image_gives_no_interval(images
 def test_a_network_that_diverged_is_told_and_drawn(tmp_path, value):
     found = paired_difference(np.array([1.0, value, 2.0]), np.zeros(3))
     assert not np.isfinite([found.mean, found.low, found.high]).any()
-    lost = {"top1": 0.0, "agreement": 0.0, "kl": value}
-    fine = {"top1": 70.0, "agreement": 80.0, "kl": 0.1}
+    lost = {"top1": 0.0, "agreement": 0.0, "kl": value, "rise": value}
+    fine = {"top1": 70.0, "agreement": 80.0, "kl": 0.1, "rise": 0.1}
     effects = [SetEffect("w2a4", "ours", {"one": lost, "two": fine}, lost, {})]
     plot_sets(tmp_path / "plot.svg", effects, 75.0)
     assert "<svg" in (tmp_path / "plot.svg").read_text() and str(value) in sets_table(effects)
