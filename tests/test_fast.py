@@ -182,10 +182,13 @@ def test_what_a_compilation_killed_on_the_way_left_does_no_harm():
     assert said.count("into an empty cache") == 1
 
 
-def test_where_compiling_fails_later_steps_go_on_as_written(monkeypatch, caplog):
-    def broken(_graph, _inputs):
+@pytest.mark.parametrize("another_cache", [True, False])
+def test_where_compiling_fails_later_steps_go_on_as_written(monkeypatch, caplog, another_cache):
+    def broken(*_):
         raise OSError("disk full")
 
+    if not another_cache:
+        monkeypatch.setattr(fast, "fresh_cache", broken)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
     engine = FastEngine(always=True)
     engine.compiles = True

@@ -199,12 +199,12 @@ def compile_trouble(call: Callable[[], object]) -> str | None:
     except TorchDynamoException as error:
         logger.info("compiling again, into an empty cache: %s", first_line(error))
     torch.compiler.reset()
-    with fresh_cache():
-        try:
+    try:
+        with fresh_cache():
             call()
-            return None
-        except TorchDynamoException as error:
-            return first_line(error)
+        return None
+    except (TorchDynamoException, OSError) as error:  # the latter where a full disk has no room for a cache
+        return first_line(error)
 
 
 def first_line(error: Exception) -> str:
