@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peer_qdrop import PeerUnits
+from calibquant.errors import UserError, printable
 from calibquant.model.quant_layer import QuantConv2d, harden
 from calibquant.model.quant_resnet import QuantResNet, Unit
 from calibquant.quantization.state import quantizers, settled
@@ -68,6 +69,7 @@ def main() -> None:
     model = float_model(config)
     images = load_calibration(config).images
     quantized = quantize_model(model.to(device), config)
+    require_units(args.units, [unit.name for unit in quantized.units("block")])
     calibrate(quantized, images, config)
     peer = PeerUnits(Path(args.peer), model, config, images[:32], device) if args.peer else None
     settings = replace(recon_settings(config), batch_size=args.batch, iters=0)
@@ -86,6 +88,17 @@ def main() -> None:
         command = " ".join(["python", *sys.argv])
         about = {"command": command, "machine": machine(device), "versions": versions()}
         write_json(Path(args.out), about | result)
+
+
+def require_units(wanted: str, names: list[str]) -> None:
+    """Check what ``--units`` names.
+
+    Raises:
+        UserError: there is no such unit.
+    """
+    for name in wanted.split(","):
+        if name not in ("all", "none", *names):
+            raise UserError(f"--units {printable(name, 80)}: allowed are all, none, {', '.join(names)}")
 
 
 @torch.no_grad()
