@@ -31,6 +31,7 @@ from calibquant.errors import UserError, printable
 from calibquant.model.quant_layer import QuantConv2d, harden
 from calibquant.model.quant_resnet import QuantResNet, Unit
 from calibquant.quantization.state import quantizers, settled
+from calibquant.solver.augment import Rows
 from calibquant.solver.caches import Activations, UnitData, live_names, run_batched
 from calibquant.solver.config import load_config
 from calibquant.solver.fast import FastEngine
@@ -38,16 +39,17 @@ from calibquant.solver.files import write_json
 from calibquant.solver.imagenet_util import load_calibration
 from calibquant.solver.learn import (
     Engine,
-    Peers,
     ReconSettings,
     bfloat16_instructions,
     learn_unit,
     learning,
     start_rounding,
 )
+from calibquant.solver.peers import Peers
 from calibquant.solver.pipeline import calibrate, float_model, quantize_model, recon_settings
 from calibquant.solver.recon import (
     Means,
+    channels_last,
     float32_precision,
     store_for,
     unit_data,
@@ -69,13 +71,13 @@ def main() -> None:
     model = float_model(config)
     images = load_calibration(config).images
     quantized = quantize_model(model.to(device), config)
-    require_units(args.units, [unit.name for unit in quantized.units("block")])
+    wanted = wanted_units(args.units, [unit.name for unit in quantized.units("block")])
     calibrate(quantized, images, config)
     peer = PeerUnits(Path(args.peer), model, config, images[:32], device) if args.peer else None
     settings = replace(recon_settings(config), batch_size=args.batch, iters=0)
     rows = [
         measure(unit, data, settings, device, peer, args)
-        for unit, data in units_with_data(quantized, images, settings, device, args.units)
+        for unit, data in units_with_data(quantized, images, settings, device, wanted)
     ]
     if rows:
         rows.append(in_all(rows))
@@ -90,15 +92,19 @@ def main() -> None:
         write_json(Path(args.out), about | result)
 
 
-def require_units(wanted: str, names: list[str]) -> None:
-    """Check what ``--units`` names.
+def wanted_units(wanted: str, names: list[str]) -> list[str]:
+    """The units that ``--units`` asks for.
 
     Raises:
         UserError: there is no such unit.
     """
-    for name in wanted.split(","):
-        if name not in ("all", "none", *names):
+    if wanted in ("all", "none"):
+        return names if wanted == "all" else []
+    found = wanted.split(",")
+    for name in found:
+        if name not in names:
             raise UserError(f"--units {printable(name, 80)}: allowed are all, none, {', '.join(names)}")
+    return found
 
 
 @torch.no_grad()
@@ -118,16 +124,16 @@ def evaluation(model: nn.Module, hardened: nn.Module, images: Tensor, rounds: in
 
 
 def units_with_data(
-    model: QuantResNet, images: Tensor, settings: ReconSettings, device: torch.device, wanted: str
+    model: QuantResNet, images: Tensor, settings: ReconSettings, device: torch.device, wanted: list[str]
 ) -> Iterable[tuple[Unit, UnitData]]:
     """Each wanted unit, not yet hardened, and what it learns from."""
     store = store_for(settings, device)
-    means = Means(settings, device, store, len(images))
-    activations = Activations(images.to(device).contiguous(memory_format=torch.channels_last))
+    means = Means(settings, device, store, Rows(len(images), len(images), 0, 0))
+    activations = Activations(channels_last(images, device))
     units = model.units("block")
     for index, unit in enumerate(units):
         data = unit_data(unit, activations, means)
-        if wanted == "all" or unit.name in wanted.split(","):
+        if unit.name in wanted:
             yield unit, data
         harden(unit.module)
         over = activations.place(unit, data.target)
