@@ -22,9 +22,20 @@ from calibquant.errors import UserError
 from calibquant.report.plots import finite
 from calibquant.solver.files import write_atomically
 
-TITLES = {"top1": "top-1 %", "agreement": "agreement %", "kl": "KL", "rise": "rise of cross-entropy"}
-DIGITS = {"top1": 2, "agreement": 2, "kl": 4, "rise": 4}
+TITLES = {
+    "top1": "top-1 %",
+    "agreement": "agreement %",
+    "kl": "KL",
+    "expected_drop": "expected drop of top-1",
+}
+DIGITS = {"top1": 2, "agreement": 2, "kl": 4, "expected_drop": 3}
 FORMATS = ("png", "svg")
+PANELS = {
+    "top1": "top-1 below float, points",
+    "expected_drop": "expected drop, points",
+    "kl": "KL(float || quantized), nats",
+}
+"""What the plot shows of each set, side by side."""
 
 Finished = Sequence[tuple[Point, Result]]
 Scores = Mapping[str, Mapping[str, float]]
@@ -268,21 +279,21 @@ def require_format(path: Path) -> None:
 
 
 def plot_sets(path: Path, effects: Sequence[SetEffect], float_top1: float) -> None:
-    """What each set gives, a column per variant: the drop of top-1 and KL, side by side at each bit-width.
+    """What each set gives, a column per variant: :data:`PANELS`, at each bit-width.
 
     Raises:
         UserError: the file cannot be written.
     """
     widths = list(dict.fromkeys(effect.bits for effect in effects))
     columns = max(sum(effect.bits == bits for effect in effects) for bits in widths)
-    figure = Figure(figsize=(3.0 + 2.4 * columns, 1.0 + 2.8 * len(widths)), layout="constrained")
-    for bits, row in zip(widths, figure.subplots(len(widths), 2, squeeze=False), strict=True):
+    size = (2.0 + 1.3 * len(PANELS) * columns, 1.0 + 2.8 * len(widths))
+    figure = Figure(figsize=size, layout="constrained")
+    for bits, row in zip(widths, figure.subplots(len(widths), len(PANELS), squeeze=False), strict=True):
         shown = [effect for effect in effects if effect.bits == bits]
-        for axes, metric in zip(row, ("top1", "kl"), strict=True):
+        for axes, (metric, words) in zip(row, PANELS.items(), strict=True):
             _strips(axes, shown, metric, float_top1)
             axes.set_title(bits)
-        row[0].set_ylabel("top-1 below float, points")
-        row[1].set_ylabel("KL(float || quantized), nats")
+            axes.set_ylabel(words)
     handles, names = row[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", frameon=False)
 

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from easydict import EasyDict
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from benchmarks.ablation_plan import Point
-from benchmarks.ablation_statistics import Values
+from benchmarks.ablation_statistics import Values, fitted_temperature
 from calibquant.errors import UserError
 from calibquant.solver.cache_plan import choose_store
 from calibquant.solver.checkpoint import checksum
@@ -45,7 +44,7 @@ from calibquant.solver.probe import Reference
 from calibquant.solver.recon import reconstruct
 from calibquant.solver.run_log import versions
 
-METRICS = ("top1", "agreement", "kl", "rise")
+METRICS = ("top1", "agreement", "kl", "expected_drop")
 """What is measured of each image: see :func:`image_metrics`."""
 
 STAGES = ("range_only", "reconstructed")
@@ -123,6 +122,13 @@ class Scorer:
         )
         return val, everything
 
+    @cached_property
+    def temperature(self) -> float:
+        """See :func:`fitted_temperature`; on all images."""
+        _, everything = self.references
+        assert everything.targets is not None
+        return fitted_temperature(torch.cat(everything.logits), torch.cat(everything.targets))
+
     @property
     def float_top1(self) -> tuple[float, float]:
         """In percent, on the val folder and on all images."""
@@ -137,7 +143,7 @@ class Scorer:
         known = zip(everything.logits, everything.targets, strict=True)
         found = chain.from_iterable(self._run(network, loader) for loader in self.loaders)
         images = [
-            image_metrics(logits, other, target)
+            image_metrics(logits, other, target, self.temperature)
             for (logits, target), (other, _) in zip(known, found, strict=True)
         ]
         return {metric: np.array([image[metric] for image in images], float) for metric in METRICS}
@@ -152,18 +158,21 @@ class Scorer:
                 yield from zip(logits.split(1), batch.targets.split(1), strict=True)
 
 
-def image_metrics(expected: Tensor, found: Tensor, target: Tensor) -> dict[str, float]:
-    """What quantization costs on one image: :class:`Cost`'s metrics, percentages 0 or 100, and ``rise``.
+def image_metrics(expected: Tensor, found: Tensor, target: Tensor, temperature: float) -> dict[str, float]:
+    """What quantization costs on one image: :class:`Cost`'s metrics, in percent 0 or 100, and another.
 
-    That is by how much the cross-entropy to the image's class rises, in nats: like top-1 it knows what is
-    right, and unlike top-1 it has a value for images on which the prediction stays.
+    ``expected_drop`` is the drop of top-1, in points, that the float network's probabilities foresee: that
+    of the class it predicts less that of the class predicted here, 0 where these are the same. It has less
+    noise than the drop: of an image whose prediction changes a label says 100, 0 or -100.
 
     Args:
         expected, found: logits ``[1, classes]`` of the float network and of the other.
         target: class ``[1]``.
+        temperature: of the float network's probabilities, see :func:`fitted_temperature`.
     """
-    before, after = (float(F.cross_entropy(logits.double(), target)) for logits in (expected, found))
-    return asdict(Reference([expected], [target]).compare([found])) | {"rise": after - before}
+    chances = 100 * (expected.double() / temperature).softmax(1)[0]
+    drop = chances[expected.argmax()] - chances[found.argmax()]
+    return asdict(Reference([expected], [target]).compare([found])) | {"expected_drop": float(drop)}
 
 
 @contextmanager

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
+from torch import Tensor
+from torch.nn import functional as F
 
 Values = NDArray[np.float64]
 """A number per image, ``[images]``."""
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
+TEMPERATURES = (0.1, 10.0)
 BATCH = 100
 """Resamples held in memory at a time; all of ImageNet's val at once would take gigabytes."""
 
@@ -62,3 +65,20 @@ def rank_correlation(scores: Sequence[float], values: Sequence[float]) -> float:
     if len(scores) < 3 or len(set(scores)) < 2 or len(set(values)) < 2:
         return float("nan")
     return float(stats.spearmanr(scores, values).statistic)
+
+
+def fitted_temperature(logits: Tensor, targets: Tensor) -> float:
+    """What logits are divided by for their softmax to give each class's chance (Guo et al., ICML 2017).
+
+    The one of least cross-entropy; a network that is too sure of itself has more than 1.
+
+    Args:
+        logits: ``[n, classes]``.
+        targets: ``[n]``.
+    """
+
+    def cross_entropy(log_temperature: float) -> float:
+        return float(F.cross_entropy(logits.double() / np.exp(log_temperature), targets))
+
+    found = optimize.minimize_scalar(cross_entropy, bounds=np.log(TEMPERATURES), method="bounded")
+    return float(np.exp(found.x))

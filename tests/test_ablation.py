@@ -11,7 +11,14 @@ import torch
 from benchmarks import ablation, ablation_runs
 from benchmarks.ablation_plan import PRESETS, edited, parse_variant, taken
 from benchmarks.ablation_report import SetEffect, plot_sets, sets_table
-from benchmarks.ablation_statistics import paired_difference, pooled, rank_correlation, spread
+from benchmarks.ablation_runs import image_metrics
+from benchmarks.ablation_statistics import (
+    fitted_temperature,
+    paired_difference,
+    pooled,
+    rank_correlation,
+    spread,
+)
 from benchmarks.compare_to_float import compare
 from calibquant.errors import UserError
 from calibquant.solver import main_imagenet
@@ -70,11 +77,28 @@ def test_equal_variants_differ_by_nothing_and_one_image_gives_no_interval(images
 def test_a_network_that_diverged_is_told_and_drawn(tmp_path, value):
     found = paired_difference(np.array([1.0, value, 2.0]), np.zeros(3))
     assert not np.isfinite([found.mean, found.low, found.high]).any()
-    lost = {"top1": 0.0, "agreement": 0.0, "kl": value, "rise": value}
-    fine = {"top1": 70.0, "agreement": 80.0, "kl": 0.1, "rise": 0.1}
+    lost = {"top1": 0.0, "agreement": 0.0, "kl": value, "expected_drop": value}
+    fine = {"top1": 70.0, "agreement": 80.0, "kl": 0.1, "expected_drop": 0.1}
     effects = [SetEffect("w2a4", "ours", {"one": lost, "two": fine}, lost, {})]
     plot_sets(tmp_path / "plot.svg", effects, 75.0)
     assert "<svg" in (tmp_path / "plot.svg").read_text() and str(value) in sets_table(effects)
+
+
+def test_the_expected_drop_is_the_drop_with_less_noise_for_a_network_too_sure_of_itself():
+    draw = torch.Generator().manual_seed(3)
+    full = 6 * torch.randn(3000, 5, generator=draw)
+    labels = torch.multinomial((full / 3).softmax(1), 1, generator=draw)
+    temperature = fitted_temperature(full, labels[:, 0])
+    assert temperature == pytest.approx(3, rel=0.1)
+    other = full + 3 * torch.randn(full.shape, generator=draw)
+    each = zip(full.split(1), other.split(1), labels, strict=True)
+    found = [image_metrics(*one, temperature) for one in each]
+    drops = np.array([one["expected_drop"] for one in found])
+    hits = 100.0 * (full.argmax(1) == labels[:, 0]).numpy()
+    told = hits - np.array([one["top1"] for one in found])
+    assert drops.mean() == pytest.approx(told.mean(), abs=3 * told.std() / len(told) ** 0.5)
+    assert drops.std() < 0.5 * told.std() and drops.min() >= 0
+    assert not drops[[one["agreement"] == 100 for one in found]].any()
 
 
 def test_runs_are_averaged_image_by_image():
