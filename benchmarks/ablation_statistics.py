@@ -14,9 +14,10 @@ Values = NDArray[np.float64]
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
-TEMPERATURES = (0.1, 10.0)
 BATCH = 100
 """Resamples held in memory at a time; all of ImageNet's val at once would take gigabytes."""
+TEMPERATURES = (0.1, 10.0)
+"""Between which :func:`fitted_temperature` looks."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ def fitted_temperature(logits: Tensor, targets: Tensor) -> float:
         logits: ``[n, classes]``.
         targets: ``[n]``.
     """
+    exact = logits.double()
 
     def cross_entropy(log_temperature: float) -> float:
-        return float(F.cross_entropy(logits.double() / np.exp(log_temperature), targets))
+        return float(F.cross_entropy(exact / np.exp(log_temperature), targets))
 
     found = optimize.minimize_scalar(cross_entropy, bounds=np.log(TEMPERATURES), method="bounded")
     return float(np.exp(found.x))
