@@ -199,3 +199,12 @@ def test_a_config_that_contradicts_the_file_is_an_error_that_names_the_key(tmp_p
     with pytest.raises(UserError, match=key):
         require_agreement(small_config(**changes), saved_config, tmp_path)
     require_agreement(small_config(quant__recon__iters=1, data__batch_size=3), saved_config, tmp_path)
+
+
+def test_a_config_that_reads_images_otherwise_than_the_file_is_named(tmp_path, caplog):
+    saved = small_config()
+    require_agreement(small_config(data__mean=[0.5, 0.5, 0.5]), saved, tmp_path / "file.pth")
+    (line,) = caplog.messages
+    assert (
+        line.startswith("data.mean is [0.5, 0.5, 0.5], quantized model ") and str(saved.data.mean) in line
+    )

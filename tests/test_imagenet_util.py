@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,13 +27,14 @@ from calibquant.solver.imagenet_util import (
     RandomSharpness,
     Score,
     Unreadable,
+    calibration_transform,
     class_names,
-    crop_flip_transform,
     evaluate,
     evaluation_transform,
     imagenet_wnids,
     list_samples,
     load_calibration,
+    make_loader,
     validation_loader,
 )
 
@@ -107,6 +109,45 @@ def test_a_class_is_the_wnids_index_not_the_folders_place(root: Path) -> None:
     assert samples == sorted(samples) and len(samples) == 9
     targets = torch.cat([batch.targets for batch in validation_loader(make_config(root))])
     assert targets.tolist() == [0] * 3 + [482] * 3 + [999] * 3
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_not_fewer_images(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir, shut = os.scandir, root / "val" / SOME[1]
+
+    def refusing(path: str | os.PathLike[str]) -> Any:
+        if Path(path) == shut:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=f"{shut}: cannot be read: Permission denied"):
+        list_samples(root / "val", WNIDS, "val folder")
+
+
+def test_a_link_to_a_folder_inside_a_class_is_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (root / "val" / SOME[0] / "more").symlink_to(root / "sel" / SOME[1])
+    assert len(list_samples(root / "val", WNIDS, "val folder")) == 9
+    assert "more: ignored, a link to a folder" in caplog.text
+
+
+def test_images_that_are_kept_keep_no_files_open(root: Path) -> None:
+    for number in range(60):
+        write_image(root / "sel" / SOME[0] / f"more_{number}.JPEG", number)
+    config = make_config(root, batch_size=1, num_workers=1)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 40, before[1]))
+    try:
+        assert len(load_calibration(config).images) == 69
+        loader = make_loader(
+            list_samples(root / "sel", WNIDS, "x"), evaluation_transform(config.data), config
+        )
+        kept = [batch.to_keep() for batch in loader]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(kept) == 69
 
 
 def test_classes_by_folders_or_by_a_list(root: Path, tmp_path: Path) -> None:
@@ -209,8 +250,9 @@ def test_random_changes_do_not_depend_on_the_number_of_workers(root: Path, rando
 
 def test_random_crops_differ_by_seed_by_image_and_from_the_centre(root: Path) -> None:
     same = write_image(root / "a.png")
-    dataset = ImageDataset([(same, 0)] * 2, crop_flip_transform(make_config(root).data), seed=1)
-    other = ImageDataset([(same, 0)], crop_flip_transform(make_config(root).data), seed=2)
+    transform = calibration_transform(make_config(root, augment="crop_flip").data)
+    dataset = ImageDataset([(same, 0)] * 2, transform, seed=1)
+    other = ImageDataset([(same, 0)], transform, seed=2)
     views = [dataset[0][0], dataset[1][0], other[0][0]]
     assert torch.equal(views[0], dataset[0][0])
     assert not any(torch.equal(views[a], views[b]) for a, b in ((0, 1), (0, 2)))

@@ -7,6 +7,7 @@ against the network that its config describes, before anything is allocated. A c
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from calibquant.solver.config import bits_name, check_config, config_name, looku
 from calibquant.solver.files import write_atomically
 from calibquant.solver.pipeline import float_model_on_meta, quantize_model
 
+logger = logging.getLogger("calibquant")
+
 FORMAT, VERSION = "calibquant", 1
 MODEL_ROOT = Path("model_quantized")
 
@@ -46,6 +49,8 @@ STRUCTURE = (
     "quant.overrides",
 )
 """Config keys that say what the saved network is; a config that contradicts them is refused."""
+INPUT = ("data.mean", "data.std", "data.input_size", "data.test_resize")
+"""Config keys that say how images reach it; a config with others is warned of."""
 
 
 def save_checkpoint(
@@ -259,7 +264,7 @@ def _checked_qparams(
 
 
 def require_agreement(config: EasyDict, saved: EasyDict, path: Path) -> None:
-    """Refuse a config that contradicts the file about what the network is.
+    """Refuse a config that contradicts the file about what the network is, and warn of other inputs.
 
     Raises:
         UserError: naming the first key that differs, with both values.
@@ -270,6 +275,10 @@ def require_agreement(config: EasyDict, saved: EasyDict, path: Path) -> None:
             raise UserError(
                 f"config says {key} {shown(wanted)}, but quantized model {path} has {shown(found)}"
             )
+    for key in INPUT:
+        wanted, found = lookup(config, key), lookup(saved, key)
+        if wanted != found:
+            logger.warning("%s is %s, quantized model %s was made with %s", key, wanted, path, found)
 
 
 def _unordered(value: Any) -> Any:

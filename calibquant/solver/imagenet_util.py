@@ -11,7 +11,7 @@ import os
 import signal
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -63,6 +63,14 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.unreadable)
+
+    def to_keep(self) -> "Batch":
+        """A copy in this process's own memory.
+
+        What a data-loading process shares keeps a file open for each tensor, and a process may have only
+        so many: 1,024 by the usual limit.
+        """
+        return Batch(self.images.clone(), self.targets.clone(), self.unreadable)
 
 
 @dataclass(frozen=True)
@@ -152,11 +160,37 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
 
 
+def images_inside(folder: Path) -> list[Path]:
+    """Image files at any depth, folder by folder; what else lies there is named in the log.
+
+    Walks by directory entries: no stat for each of 1.3 million files. Links to folders are not followed.
+
+    Raises:
+        UserError: a folder inside cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    images = []
+    for inside, folders, names in os.walk(folder, onerror=fail):
+        for path in (Path(inside, name) for name in sorted(folders)):
+            if path.is_symlink():
+                logger.warning("%s: ignored, a link to a folder", printable(str(path)))
+        for path in (Path(inside, name) for name in sorted(names)):
+            if is_image(path):
+                images.append(path)
+            else:
+                logger.warning("%s: ignored, its name is not an image's", printable(str(path)))
+    return images
+
+
 def list_samples(folder: Path, classes: list[str], what: str) -> list[Sample]:
     """Image files of an ImageFolder tree in sorted order; the class is the folder's place in ``classes``.
 
     Raises:
-        UserError: folder missing, no image in it, or a class folder that is no class.
+        UserError: folder missing, no image in it, a class folder that is no class, or one that cannot be
+            read.
     """
     index = {name: number for number, name in enumerate(classes)}
     samples: list[Sample] = []
@@ -166,15 +200,23 @@ def list_samples(folder: Path, classes: list[str], what: str) -> list[Sample]:
                 f"{what} {folder}: class folder {class_folder.name} is none of the {len(classes)} classes "
                 f"({classes[0]}, {classes[1] if len(classes) > 1 else ''} ...); see data.classes"
             )
-        for path in sorted(class_folder.rglob("*")):
-            if is_image(path):
-                samples.append((path, index[class_folder.name]))
-            elif not path.is_dir():
-                logger.warning("%s: ignored, its name is not an image's", printable(str(path)))
+        samples += [(path, index[class_folder.name]) for path in sorted(images_inside(class_folder))]
     samples += [(path, -1) for path in sorted(folder.iterdir()) if is_image(path) and not path.is_dir()]
     if not samples:
         raise UserError(f"{what} {folder}: holds no image ({', '.join(IMG_EXTENSIONS)})")
     return samples
+
+
+def names_and_sizes(samples: Iterable[Sample]) -> list[str]:
+    """What tells images apart without reading them: class folder, name and bytes of each, in order."""
+
+    def size(path: Path) -> int | None:
+        try:
+            return path.stat().st_size
+        except OSError:  # unreadable, as whoever reads it will say
+            return None
+
+    return [f"{path.parent.name}/{path.name} {size(path)}" for path, _ in samples]
 
 
 def require_classes(samples: list[Sample], where: str) -> None:
@@ -191,11 +233,6 @@ def require_classes(samples: list[Sample], where: str) -> None:
 def evaluation_transform(data: EasyDict) -> Callable[[Image.Image], Tensor]:
     """Resize the shorter side, crop the centre, normalise: torchvision's usual evaluation."""
     return _compose([*_centre(data), *_to_normalized(data)])
-
-
-def crop_flip_transform(data: EasyDict) -> Callable[[Image.Image], Tensor]:
-    """Random resized crop and flip, as the published calibration reads its images."""
-    return _compose([*_crop_flip(data), *_to_normalized(data)])
 
 
 def calibration_transform(data: EasyDict) -> Callable[[Image.Image], Tensor]:
@@ -337,8 +374,8 @@ def make_loader(
     )
 
 
-def validation_loader(config: EasyDict, peers: Peers | None = None) -> DataLoader[Any]:
-    """Batches of ``val/``, or of this process's part of it.
+def validation_samples(config: EasyDict) -> list[Sample]:
+    """All images of ``val/``, with their classes.
 
     Raises:
         UserError: folder or classes are not as they must be.
@@ -351,6 +388,16 @@ def validation_loader(config: EasyDict, peers: Peers | None = None) -> DataLoade
         )
     samples = list_samples(expand(config.data.path) / "val", classes, "val folder")
     require_classes(samples, f"val folder {config.data.path}/val")
+    return samples
+
+
+def validation_loader(config: EasyDict, peers: Peers | None = None) -> DataLoader[Any]:
+    """Batches of ``val/``, or of this process's part of it.
+
+    Raises:
+        UserError: see :func:`validation_samples`.
+    """
+    samples = validation_samples(config)
     if peers:
         samples = samples[peers.share(len(samples), "val")]
     return make_loader(samples, evaluation_transform(config.data), config)
@@ -379,7 +426,7 @@ def load_calibration(config: EasyDict) -> Calibration:
     images, unreadable = [], []
     for batch in make_loader(samples, calibration_transform(data), config):
         unreadable += report_unreadable(batch, data.skip_unreadable)
-        images += [batch.images] if len(batch.images) else []
+        images += [batch.to_keep().images] if len(batch.images) else []
     if not images:
         raise UserError(f"calibration folder {folder}: no image in it can be read")
     skipped = {item.path for item in unreadable}
@@ -396,10 +443,17 @@ def drawn(total: int, wanted: int, seed: int) -> list[int]:
 
 
 def content_hash(paths: list[Path], names: list[str]) -> str:
-    """SHA-256 over contents and names of image files, in the order given."""
+    """SHA-256 over contents and names of image files, in the order given.
+
+    Raises:
+        UserError: one cannot be read.
+    """
     digest = hashlib.sha256()
     for path, name in zip(paths, names, strict=True):
-        contents = hashlib.sha256(path.read_bytes()).hexdigest()
+        try:
+            contents = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"image {path}: cannot be read ({error.strerror or error})") from error
         digest.update(os.fsencode(f"{contents}  {name}\n"))  # a name need not be UTF-8
     return digest.hexdigest()
 

@@ -166,7 +166,7 @@ def train(config: EasyDict, epochs: int = EPOCHS) -> nn.Module:
 def read_training_images(config: EasyDict) -> tuple[Tensor, Tensor]:
     """All of ``train/`` as evaluation reads images: ``[N, 3, H, W]`` normalised, and classes ``[N]``."""
     samples = list_samples(Path(config.data.path) / "train", class_names(config.data), "train folder")
-    batches = list(make_loader(samples, evaluation_transform(config.data), config))
+    batches = [batch.to_keep() for batch in make_loader(samples, evaluation_transform(config.data), config)]
     for batch in batches:
         report_unreadable(batch, skip=False)
     return torch.cat([batch.images for batch in batches]), torch.cat([batch.targets for batch in batches])

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from calibquant.errors import UserError
 from calibquant.solver.activation_statistics import channel_weights, image_moments
 from calibquant.solver.image_reader import Reader, as_they_are
-from calibquant.solver.imagenet_util import imagenet_wnids, is_image, read_image, subfolders
+from calibquant.solver.imagenet_util import imagenet_wnids, images_inside, is_image, read_image, subfolders
 from calibquant.solver.pipeline import float_model
 from calibquant.solver.script import one_line
 from calibquant.solver.selection import Candidates, Pool, choose_random, class_of, spare
@@ -41,32 +40,14 @@ def list_candidates(train: Path, classes: str) -> Candidates:
                 f"train folder {train}: class folder {folder.name} is none of ImageNet's 1,000 wnids "
                 "(n01440764, n01443537, ...); --classes folders allows any name"
             )
-        candidates[folder.name] = sorted(path.relative_to(train).as_posix() for path in _images(folder))
+        found = images_inside(folder)
+        candidates[folder.name] = sorted(path.relative_to(train).as_posix() for path in found)
         if not candidates[folder.name]:
             raise UserError(f"train folder {train}: class folder {folder.name} holds no image")
     for path in sorted(train.iterdir()):
         if is_image(path) and not path.is_dir():
             logger.warning("%s: ignored, it is in no class folder", path)
     return candidates
-
-
-def _images(folder: Path) -> list[Path]:
-    """Image files at any depth. Walks by directory entries: no stat for each of 1.3 million files."""
-
-    def fail(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
-
-    images = []
-    for inside, subfolders_inside, names in os.walk(folder, onerror=fail):
-        for path in (Path(inside, name) for name in sorted(subfolders_inside)):
-            if path.is_symlink():
-                logger.warning("%s: ignored, a link to a folder", path)
-        for path in (Path(inside, name) for name in sorted(names)):
-            if is_image(path):
-                images.append(path)
-            else:
-                logger.warning("%s: ignored, its name is not an image's", path)
-    return images
 
 
 def keep_readable(
