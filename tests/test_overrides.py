@@ -159,7 +159,7 @@ def test_outputs_of_different_assignments_lie_in_different_folders():
 
 def test_an_unfinished_run_of_other_overrides_is_not_continued():
     model, cpu = random_float_model(config()), torch.device("cpu")
-    first, second = (identity(config(*some), model, "", cpu) for some in (MIXED, MIXED[:1]))
+    first, second = (identity(config(*some), model, "", [], cpu) for some in (MIXED, MIXED[:1]))
     assert [key for key in first if first[key] != second[key]] == ["config quant.overrides"]
 
 

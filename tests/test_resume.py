@@ -1,5 +1,6 @@
 """A run that is killed goes on where it stopped and ends with the same file, bit for bit."""
 
+import errno
 import json
 import math
 import random
@@ -13,13 +14,14 @@ import torch
 import yaml
 
 from calibquant.errors import UserError
+from calibquant.model.quant_resnet import Unit
 from calibquant.quantization.fake_quant import FixedFakeQuantize, IntegerWeight
 from calibquant.solver import learn
 from calibquant.solver.pipeline import recon_settings
-from calibquant.solver.recon import reconstruct
-from calibquant.solver.resume import RunState, run_state
+from calibquant.solver.recon import UnitResult, reconstruct
+from calibquant.solver.resume import RunState, identity, run_state
 from tests.figures import record
-from tests.small import calibrated_model, small_config
+from tests.small import calibrated_model, random_float_model, small_config
 from tests.test_end_to_end import place, script, start, write_config
 
 __all__ = ["place"]
@@ -129,6 +131,60 @@ def test_what_changed_since_the_run_died_is_named_and_fresh_starts_anew(tmp_path
     with run_state("config.yaml", True, tmp_path) as state:
         state.require_same(now)
         assert [path.name for path in state.folder.glob("unit_*")] == []
+
+
+def test_a_state_that_a_kill_left_half_forgotten_is_no_other_runs(tmp_path, monkeypatch):
+    unlink, now = Path.unlink, {"config quant.recon.iters": "20"}
+    for files_gone in range(4):
+        with run_state("config.yaml", False, tmp_path) as state:
+            state.require_same({"config quant.recon.iters": "10"})
+            state.keep_score("float", {"top1": 1.0})
+            (state.folder / "unit_stem.pth").write_bytes(b"")
+            (state.folder / "unit_a.pth").write_bytes(b"")
+            gone: list[Path] = []
+
+            def die_in_time(path: Path, *args, gone=gone, files_gone=files_gone, **kwargs) -> None:
+                if len(gone) == files_gone:
+                    raise KeyboardInterrupt
+                gone.append(path)
+                unlink(path, *args, **kwargs)
+
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(Path, "unlink", die_in_time)
+                state.forget()
+            with pytest.raises(UserError, match="made from something else"):
+                state.require_same(now)
+            (state.folder / "identity.json").unlink()  # as an older version might have left it
+            state.require_same(now)
+            assert state.score("float") is None and not list(state.folder.glob("unit_*"))
+            state.forget()
+
+
+def test_a_unit_of_many_merged_ones_is_kept_under_a_name_that_fits(tmp_path):
+    names = [f"layer3.{number}" for number in range(1, 60)]
+    units = [Unit("+".join([*names, last]), torch.nn.Linear(1, 1), ("x",), "x") for last in ("a", "b")]
+    for unit in units:
+        RunState(tmp_path).remember(unit, UnitResult(unit.name, 1.0, 1.0))
+    assert len(list(tmp_path.glob("unit_*.pth"))) == 2
+    kept = RunState(tmp_path).recall(units[1])
+    assert kept is not None and kept.name == units[1].name
+
+
+def test_where_nothing_can_be_locked_a_run_warns_and_goes_on(tmp_path, monkeypatch, caplog):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("calibquant.solver.resume.fcntl.flock", no_locks)
+    with run_state("a.yaml", False, tmp_path) as state:
+        state.require_same({"code": "1"})
+    assert "cannot be locked (No locks available)" in caplog.text
+
+
+def test_other_images_to_score_are_another_run():
+    network = random_float_model(small_config())
+    names = [identity(small_config(), network, "", images, torch.device("cpu")) for images in ([], ["a 1"])]
+    changed = [key for key in names[0] if names[0][key] != names[1][key]]
+    assert changed == ["val folder"]
 
 
 def test_two_runs_of_one_config_at_once_do_not_meet(tmp_path):

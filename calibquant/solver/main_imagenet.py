@@ -30,7 +30,9 @@ from calibquant.solver.imagenet_util import (
     Score,
     evaluate,
     load_calibration,
+    names_and_sizes,
     validation_loader,
+    validation_samples,
 )
 from calibquant.solver.learn import bfloat16_pays, plain_steps
 from calibquant.solver.peers import Peers
@@ -88,7 +90,8 @@ def quantize(
         model = peers.from_first(lambda: float_model(config))
         validation = validation_loader(config, peers)
         calibration = load_calibration(config)
-        state.require_same(identity(config, model, calibration.sha256, device, peers.size))
+        scored = peers.from_first(lambda: names_and_sizes(validation_samples(config)))
+        state.require_same(identity(config, model, calibration.sha256, scored, device, peers.size))
         model.to(device)
     run.record(calibration=calibration.manifest(), processes=peers.size)
     logger.info("calibration: %d images, sha256 %s", len(calibration.files), calibration.sha256)

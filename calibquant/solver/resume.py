@@ -35,20 +35,34 @@ from calibquant.solver.run_log import versions
 logger = logging.getLogger("calibquant")
 
 STATE_ROOT = Path("train_log") / "unfinished"
+IDENTITY = "identity.json"
+"""Says of which run a state is; a state without one is of none."""
+LONGEST_NAME = 100
+"""Of a unit, in the name of its state's file."""
 HARMLESS = ("data.num_workers", "data.pin_memory")
 """Keys that change how a result is computed, but not the result."""
 
 
 def identity(
-    config: EasyDict, model: nn.Module, calibration_sha256: str, device: torch.device, processes: int = 1
+    config: EasyDict,
+    model: nn.Module,
+    calibration_sha256: str,
+    validation: list[str],
+    device: torch.device,
+    processes: int = 1,
 ) -> dict[str, str]:
-    """Everything that a run's result depends on, by name."""
+    """Everything that a run's result depends on, by name.
+
+    Args:
+        validation: names and sizes of the images that are scored.
+    """
     paths = [key.path for key in KEYS if key.path not in HARMLESS]
     settings = {f"config {path}": json.dumps(lookup(config, path)) for path in paths}
     on_gpu = device.type == "cuda"
     return settings | {
         "float weights": checksum(dict(model.state_dict())),
         "calibration set": calibration_sha256,
+        "val folder": checksum({"images": validation}),
         "code": _code_hash(),
         "versions": json.dumps(versions()),
         "device": torch.cuda.get_device_name(device)
@@ -79,8 +93,9 @@ class RunState(Memory):
         Raises:
             UserError: naming what changed.
         """
-        path = self.folder / "identity.json"
+        path = self.folder / IDENTITY
         if not path.exists():
+            self.forget()  # what a run that was killed while it forgot may have left
             write_json(path, now)
             return
         before = _read_json(path)
@@ -137,13 +152,23 @@ class RunState(Memory):
         write_atomically(self._path(unit), lambda file: torch.save(content, file))
 
     def _path(self, unit: Unit) -> Path:
-        return self.folder / f"unit_{unit.name}.pth"
+        name = unit.name
+        if len(name) > LONGEST_NAME:  # of many units merged; a file's name has at most 255 characters
+            name = f"{name[:LONGEST_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        return self.folder / f"unit_{name}.pth"
 
     def forget(self) -> None:
-        """The run is finished: its state goes."""
-        for path in self.folder.iterdir():
-            if path.name != "lock":
-                path.unlink()
+        """The run is finished: its state goes, and last what says of which run it is.
+
+        Raises:
+            UserError: a file cannot be removed.
+        """
+        try:
+            for path in sorted(self.folder.iterdir(), key=lambda path: path.name == IDENTITY):
+                if path.name != "lock":
+                    path.unlink()
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be removed: {error.strerror}") from error
 
 
 @contextmanager
@@ -166,8 +191,11 @@ def run_state(config_path: str, fresh: bool, root: Path = STATE_ROOT) -> Iterato
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"config {config_path}: another run of it is in progress ({folder})") from None
+        except OSError as error:  # a file system without locks
+            reason = error.strerror or error
+            logger.warning("%s: cannot be locked (%s), run this config once at a time", folder, reason)
         state = RunState(folder)
         if fresh:
             state.forget()
