@@ -143,11 +143,14 @@ def test_parts_hold_every_image_once_and_batches_are_shared_out():
     assert recon_settings(small_config(), 12).batch_size == 8
 
 
-def torchrun(config: Path, *arguments: str, processes: int = 2) -> subprocess.Popen:
+def torchrun(
+    config: Path, *arguments: str, processes: int = 2, script: Path = SOLVER / "main_distributed.py"
+) -> subprocess.Popen:
     """A torchrun job left running."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    target = [str(SOLVER / "main_distributed.py"), "--config", str(config), *arguments]
+    target = [str(script), "--config", str(config), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = str(SOLVER.parents[1])
     return subprocess.Popen(
         [sys.executable, *command, *target],
         cwd=config.parent,
@@ -297,6 +300,24 @@ def test_a_mistake_that_one_process_meets_is_told_once(place):
     assert job.returncode not in (0, None)
     assert f"image {victim}: cannot be read" in only(errors(err))
     assert 'main_distributed.py", line' not in err, "no traceback of ours"
+
+
+def test_memory_that_one_process_lacks_is_told_once(tmp_path):
+    lines = [
+        "from calibquant.solver.distributed import team",
+        "from calibquant.solver.script import run_script",
+        "def main():",
+        "    with team() as peers:",
+        "        if not peers.leads:",
+        "            raise MemoryError('no room for 9 GB')",
+        "        peers.total([1])",
+        "run_script(main)",
+    ]
+    (tmp_path / "job.py").write_text("\n".join(lines))
+    job = torchrun(tmp_path / "config.yaml", script=tmp_path / "job.py")
+    _, err = finish(job)
+    assert job.returncode not in (0, None)
+    assert only(errors(err)).startswith("error: out of memory: no room for 9 GB; lower ")
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused():

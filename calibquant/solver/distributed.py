@@ -32,12 +32,14 @@ from calibquant.solver.peers import Peers
 from calibquant.solver.recon import UnitResult
 from calibquant.solver.resume import RunState, run_state
 from calibquant.solver.run_log import RunLog, start_run
-from calibquant.solver.script import choose_device, one_line
+from calibquant.solver.script import choose_device, for_user, one_line
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(hours=1)
-"""The longest that a process waits for another: the first one finds ranges on all images meanwhile."""
+TIMEOUT = timedelta(days=1)
+"""The longest that a process waits for another: the first one finds ranges on all images meanwhile.
+
+One that ends is noticed at once."""
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells its processes."""
 _INTERRUPTED = 130
@@ -226,6 +228,11 @@ def team() -> Iterator[Team]:
         dist.destroy_process_group()
     except (UserError, KeyboardInterrupt, SystemExit) as error:
         joined.end(error)
+    except Exception as error:
+        words = for_user(error)
+        if words is None:
+            raise
+        joined.end(UserError(words))
 
 
 def _end_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import logging
 import signal
 import sys
@@ -25,28 +26,40 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's main and exit: 0, or 2 with one line for what a user can change, or 130 for Ctrl-C."""
     signal.signal(signal.SIGTERM, _interrupt)
     logging.raiseExceptions = False  # a log that cannot be written prints no traceback of its own
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # whatever a terminal or a file cannot show
     try:
         main()
-    except UserError as error:
-        _stop(one_line(error))
-    except (MemoryError, RuntimeError) as error:
-        if str(error).startswith("DataLoader worker"):  # torch raises it wherever the program is by then
-            _stop(
-                f"a data-loading process has ended ({one_line(error)[:300]}), most likely out of memory; "
-                "lower data.num_workers or data.batch_size"
-            )
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and "can't allocate memory" not in str(error):
-            raise
-        _stop(f"out of memory: {one_line(error)[:300]}; {_SMALLER}")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        _stop(f"an output cannot be written: {one_line(error)}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        words = for_user(error)
+        if words is None:
+            raise
+        print(f"error: {words}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(0)
+
+
+def for_user(error: Exception) -> str | None:
+    """One line on what a user can change; None for anything else, which is a defect of ours."""
+    words = one_line(error)
+    if isinstance(error, UserError):
+        return words
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        return f"an output cannot be written: {words}" if full else None
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        # torch raises it wherever the program is by then
+        return (
+            f"a data-loading process has ended ({words[:300]}), most likely out of memory; "
+            "lower data.num_workers or data.batch_size"
+        )
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        return f"out of memory: {words[:300]}; {_SMALLER}"
+    return None
 
 
 def config_parser(
@@ -70,11 +83,6 @@ def add_saved_model(parser: argparse.ArgumentParser) -> None:
 
 
 _SMALLER = "lower data.batch_size, quant.recon.batch_size or quant.calibrate, or unset quant.recon.keep_gpu"
-
-
-def _stop(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
