@@ -227,6 +227,18 @@ def test_what_is_wrong_is_one_clear_line(train: Path, prepare, options: dict, me
     assert sorted(train.parent.iterdir()) == before
 
 
+def test_a_place_that_takes_no_file_is_named_before_any_image_is_read(
+    train: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise UserError(f"{folder}: cannot be written: Read-only file system")
+
+    monkeypatch.setattr(module, "require_writable", refuse)
+    monkeypatch.setattr(module, "keep_readable", lambda *_: pytest.fail("images were read first"))
+    with pytest.raises(UserError, match=f"{train.parent}: cannot be written"):
+        select_calibration(train, num=5)
+
+
 def test_an_empty_train_folder_is_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "train" / "flat.JPEG", 0)
     with pytest.raises(UserError, match="holds no class folder"):

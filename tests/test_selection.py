@@ -402,6 +402,10 @@ BY_STATISTICS = [*TRAIN, *CONFIG, "--strategy", "bn_statistics"]
         (["--score", "absent"], "--config is missing, --score needs it"),
         (["--score", "absent", *CONFIG, "--num", "96"], "--num is 96, allowed is none with --score"),
         (["--score", "absent", *CONFIG, "--out", "set"], "--out is set, allowed is none with --score"),
+        ([*TRAIN, "--json", "scores.json"], "--json is scores.json, allowed is only with --score"),
+        ([*TRAIN, "--by", "ranges"], "--by is ranges, allowed is only with --score"),
+        (["--score", "x" * 300, *CONFIG], "--score: calibration folder xxx"),
+        (["--score", "long.txt", *CONFIG], "--score long.txt: xxx"),
         (["--score", "absent", *CONFIG], "--score: calibration folder absent: No such file"),
         (["--score", "imagenet/train", *CONFIG, "--reference", "x"], "--reference: calibration folder x"),
         (["--score", "empty.txt", *CONFIG], "--score empty.txt: cannot be read as a list of images: it is"),
@@ -417,6 +421,7 @@ def test_what_is_wrong_is_one_line_and_code_2(place, run, arguments, words):
     name = next((place / "imagenet" / "train").rglob("*.JPEG")).relative_to(place / "imagenet" / "train")
     for file, content in (("empty", b" \n"), ("binary", b"\xff\xd8\xff"), ("wrong", b"a/b.JPEG\n")):
         (place / f"{file}.txt").write_bytes(content)
+    (place / "long.txt").write_text("x" * 300)
     (place / "twice.txt").write_text(f"{name}\n{name}\n")
     (place / "nothing").mkdir(exist_ok=True)
     (place / "spoiled").mkdir(exist_ok=True)

@@ -26,13 +26,18 @@ from easydict import EasyDict
 from calibquant.errors import UserError
 from calibquant.paths import expand
 from calibquant.solver.config import load_config
-from calibquant.solver.files import write_json
+from calibquant.solver.files import require_writable, write_json
 from calibquant.solver.rank_sets import SCORES, as_json, find_set, rank_sets, table
 from calibquant.solver.script import choose_device, run_script
 from calibquant.solver.selection import POOL_STRATEGIES, STRATEGIES, Candidates, class_of
 from calibquant.solver.train_folder import PoolReader, keep_readable, list_candidates
 
 logger = logging.getLogger("calibquant")
+
+OF_MAKING = "num", "seed", "strategy", "cover_classes", "classes", "out", "copy", "link", "candidates"
+"""Options that say how a set is made."""
+OF_RANKING = "by", "reference", "json"
+"""Options that say how sets are ranked."""
 
 
 def main() -> None:
@@ -168,6 +173,9 @@ def _check_place(folder: Path, train: Path) -> None:
         raise UserError(f"{folder}: exists already; remove it, or give another folder with --out")
     if folder.is_relative_to(train):
         raise UserError(f"--out {folder}: allowed is a folder outside of the train folder")
+    if folder.parent.is_file():
+        raise UserError(f"--out {folder}: cannot be written: Not a directory")
+    require_writable(folder.parent)
 
 
 def write_set(folder: Path, train: Path, manifest: dict[str, object], copy: bool) -> None:
@@ -247,21 +255,25 @@ def parse_arguments() -> argparse.Namespace:
     add_score_arguments(parser)
     args = parser.parse_args()
     if args.score:
-        require_defaults(parser, args)
+        require_defaults(parser, args, OF_MAKING, "none with --score, which makes no set")
+    else:
+        require_defaults(parser, args, OF_RANKING, "only with --score")
     return args
 
 
-def require_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse, where sets are ranked, what only says how one is made.
+def require_defaults(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, names: tuple[str, ...], allowed: str
+) -> None:
+    """Refuse options that would do nothing.
 
     Raises:
         UserError: naming the option.
     """
-    of_making = "num", "seed", "strategy", "cover_classes", "classes", "out", "copy", "link", "candidates"
-    for name in of_making:
+    for name in names:
         value = getattr(args, name)
         if value != parser.get_default(name):
-            raise UserError(f"--{name} is {value}, allowed is none with --score, which makes no set")
+            shown = " ".join(value) if isinstance(value, list) else value
+            raise UserError(f"--{name} is {shown}, allowed is {allowed}")
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -277,7 +289,8 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
         default=PoolReader.size,
         metavar="N",
         help="images to choose among, a random part of --train (default: 8192: each has to run through\n"
-        "the network, and 8192 take 3.5 GB of memory for ResNet-101; all of ImageNet would take 540 GB)",
+        "the network, and 8192 take 6 GB of memory for ResNet-101, 3.5 GB of it for what is kept of\n"
+        "them, which for all of ImageNet would be 540 GB)",
     )
 
 
