@@ -108,6 +108,15 @@ def test_compiled_adam_moves_parameters_as_torchs_own_does():
         assert float((ours - before).detach().abs().mean()) > 0.1
 
 
+def test_adam_moves_parameters_of_more_shapes_than_the_compilers_limit(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    parameters = [torch.nn.Parameter(torch.ones(2, 3 + number)) for number in range(20)]
+    optimizer = CompiledAdam([{"params": [parameter], "lr": 0.1} for parameter in parameters])
+    sum((p**2).sum() for p in parameters).backward()
+    optimizer.step()
+    assert all(torch.allclose(p, torch.full_like(p, 0.9), atol=1e-5) for p in parameters)
+
+
 def test_units_of_one_kind_share_what_is_compiled(monkeypatch):
     graphs = []
 

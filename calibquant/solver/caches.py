@@ -198,7 +198,7 @@ class StagedBatches(Batches):
         for place, rows in zip(self._places(), gathered, strict=True):
             place.copy_(rows, non_blocking=True)
         if self.ready:
-            self.ready[step % 2].record()
+            self.ready[step % 2].record(torch.cuda.current_stream(self.target.device))
         self.next = self.pool.submit(self._gather, min(step + 1, len(self.host_order) - 1))
 
     def _gather(self, step: int) -> list[Tensor]:

@@ -12,8 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo_config
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor.utils import fresh_cache
 from torch.optim.adam import adam
 
@@ -26,6 +27,10 @@ WORTH_COMPILING = {"cpu": 4e8, "cuda": 1e8}
 """Output elements of a unit over all steps from which compiling, some seconds, is soon earned back."""
 STEPS_BEFORE_CAPTURE = 3
 """Steps that run as they are written, so that every library has set itself up before the capture."""
+MOST_GROUPS = 64
+"""Of parameters of different shapes that are compiled for, in one unit; torch's own limit is 8."""
+NOT_COMPILED = (TorchDynamoException, FailOnRecompileLimitHit)
+"""What is raised where something cannot be compiled."""
 NOTHING_TO_ACT_ON = ("TensorFloat32 tensor cores", "bf16 and fp16 are mixed")
 """How warnings of the compiler begin that a user can do nothing about."""
 
@@ -115,16 +120,18 @@ class CompiledAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient."""
-        for group in self.param_groups:
-            moved = [p for p in group["params"] if p.grad is not None]
-            if not moved:
-                continue
-            means, squares, steps = (list(x) for x in zip(*(self.state[p] for p in moved), strict=True))
-            self.update(
-                moved, [p.grad for p in moved], means, squares, [], steps,
-                foreach=True, capturable=True, amsgrad=False, beta1=group["betas"][0],
-                beta2=group["betas"][1], lr=group["lr"], weight_decay=0.0, eps=group["eps"], maximize=False,
-            )  # fmt: skip
+        with dynamo_config.patch(recompile_limit=MOST_GROUPS):
+            for group in self.param_groups:
+                moved = [p for p in group["params"] if p.grad is not None]
+                if not moved:
+                    continue
+                means, squares, steps = (list(x) for x in zip(*(self.state[p] for p in moved), strict=True))
+                self.update(
+                    moved, [p.grad for p in moved], means, squares, [], steps,
+                    foreach=True, capturable=True, amsgrad=False, beta1=group["betas"][0],
+                    beta2=group["betas"][1], lr=group["lr"], weight_decay=0.0, eps=group["eps"],
+                    maximize=False,
+                )  # fmt: skip
 
 
 class CapturedStep:
@@ -144,7 +151,8 @@ class CapturedStep:
         else:
             self.graph = torch.cuda.CUDAGraph()
             self.graph.register_generator_state(self.generator)
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            # another thread may wait for a copy meanwhile, which the usual mode forbids
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.written()
             self.graph.replay()
         self.calls += 1
@@ -196,14 +204,14 @@ def compile_trouble(call: Callable[[], object]) -> str | None:
     try:
         call()
         return None
-    except TorchDynamoException as error:
+    except NOT_COMPILED as error:
         logger.info("compiling again, into an empty cache: %s", first_line(error))
     torch.compiler.reset()
     try:
         with fresh_cache():
             call()
         return None
-    except (TorchDynamoException, OSError) as error:  # the latter where a full disk has no room for a cache
+    except (*NOT_COMPILED, OSError) as error:  # the latter where a full disk has no room for a cache
         return first_line(error)
 
 
