@@ -66,7 +66,11 @@ def test_views_to_learn_from_come_before_those_that_nothing_is_learned_from():
     assert torch.equal(arranged[12:], IMAGES[2:3])
 
 
-def test_without_compensation_there_is_nothing_to_match():
+def test_without_compensation_or_a_classifier_of_its_own_there_is_nothing_to_match():
+    merged = small_config(
+        quant__recon__compensate=True, quant__recon__match_views=2, quant__recon__merge=["classifier"]
+    )
+    assert rows_of(10, recon_settings(merged)).unlearned == 0
     assert rows_of(5, ReconSettings(match_views=3)).count == 5
 
 

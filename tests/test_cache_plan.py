@@ -103,7 +103,8 @@ def test_too_little_memory_leads_to_files_and_then_to_one_clear_line(tmp_path, h
     model, settings = small_model()
 
     def free(_device, _folder):
-        return Room(device=host, host=int(need.step * 1.2) if kind is FileStore else host, disk=disk)
+        little = int(need.step + 2 * 4 * many[0].numel() * len(many)) * 1.2
+        return Room(device=host, host=little if kind is FileStore else host, disk=disk)
 
     many = IMAGES[:1].expand(100_000, 3, 16, 16)
     need = estimate(model, many[:1], len(many), settings)
@@ -114,6 +115,13 @@ def test_too_little_memory_leads_to_files_and_then_to_one_clear_line(tmp_path, h
             choose_store(model, many, settings, tmp_path, free=free)
     else:
         assert type(choose_store(model, many, settings, tmp_path, free=free)) is kind
+
+
+def test_files_do_not_help_where_the_images_themselves_do_not_fit(tmp_path):
+    model, settings = small_model()
+    many = IMAGES[:1].expand(1_000_000, 3, 16, 16)  # 3 GB
+    with pytest.raises(UserError, match="1000000 images"):
+        choose_store(model, many, settings, tmp_path, free=lambda *_: Room(GIB, GIB, 1000 * GIB))
 
 
 def test_no_room_anywhere_is_one_line_that_names_the_key(tmp_path):

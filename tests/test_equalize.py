@@ -10,7 +10,7 @@ from torch import nn
 from calibquant.model.equalize import Junction, junctions, rescale
 from calibquant.model.quant_layer import layers
 from calibquant.model.quant_resnet import QuantResNet
-from calibquant.quantization.fake_quant import FakeQuantize, FixedFakeQuantize, Role
+from calibquant.quantization.fake_quant import FakeQuantize, Role, SettledFakeQuantize
 from calibquant.quantization.state import (
     calibrating,
     full_precision,
@@ -311,15 +311,17 @@ def test_there_is_no_junction_where_it_would_cost_or_gain_nothing(role, axis):
     assert equalized(model) == []
 
 
+@pytest.mark.parametrize("ranges", ["float", "quantized"])
 @pytest.mark.parametrize(
     ("iters", "scope", "kept"), [(0, "network", 0), (20, "network", 2), (20, "stem", 1)]
 )
-def test_ranges_stay_as_the_readers_outside_of_a_unit_want_them(iters, scope, kept):
+def test_ranges_stay_as_the_readers_outside_of_a_unit_want_them(iters, scope, kept, ranges):
     config = small_config(
         model__type="resnet50",
         quant__equalize={"iters": iters, "lr": 0.05, "scope": scope},
         quant__ends_8bit=[],
         quant__recon__scale_lr=1e-3,
+        quant__recon__ranges=ranges,
     )
     model = quantize_model(random_float_model(config), config)
     calibrate(model, IMAGES, config)
@@ -327,7 +329,7 @@ def test_ranges_stay_as_the_readers_outside_of_a_unit_want_them(iters, scope, ke
     def read_outside() -> list[FakeQuantize]:
         return [model.stem.output_quantizer, model.blocks[0].join.output_quantizer]
 
-    assert [type(q) is FixedFakeQuantize for q in read_outside()] == [kept >= 1, kept >= 2]
+    assert [isinstance(q, SettledFakeQuantize) for q in read_outside()] == [kept >= 1, kept >= 2]
     before = [float(quantizer.scale) for quantizer in read_outside()]
     for _ in zip(range(2), reconstruct(model, IMAGES, recon_settings(config), seed=7), strict=False):
         pass

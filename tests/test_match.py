@@ -48,6 +48,16 @@ def test_inputs_that_never_change_are_matched_in_their_mean():
     torch.testing.assert_close(layer(torch.zeros(50, 6)), expected[:50])
 
 
+def test_inputs_that_are_the_same_in_both_networks_stay_as_they_are():
+    layer = linear_layer()
+    widths, means = torch.tensor([1.0, 1, 1, 1e-4, 1, 0]), torch.tensor([0.0, 1, 9, 0, 3, 3])
+    varying = torch.randn(50, 6) * widths + means
+    for full in (varying, varying[:1]):
+        before = layer.weight.clone()
+        match_inputs(layer, full, full, Peers())
+        torch.testing.assert_close(layer.weight, before, rtol=1e-3, atol=0)
+
+
 def reconstructed(**recon):
     changes = {f"quant__recon__{key}": value for key, value in recon.items()}
     config = small_config(quant__recon__compensate=True, **changes)

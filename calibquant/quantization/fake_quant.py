@@ -172,6 +172,19 @@ class FixedFakeQuantize(FakeQuantize):
     """Range and step stay as calibrated; rounding is to nearest."""
 
 
+class SettledFakeQuantize(FixedFakeQuantize):
+    """Its range serves readers outside of its unit: it stays where a unit's ranges are set again."""
+
+    @classmethod
+    def of(cls, quantizer: FakeQuantize) -> "SettledFakeQuantize":
+        """Another quantizer with its qparams as they are now, settled."""
+        settled = cls(
+            quantizer.bits, quantizer.symmetric, quantizer.ch_axis, quantizer.observer_type, quantizer.role
+        )
+        settled.scale, settled.zero_point = quantizer.hard_qparams()
+        return settled
+
+
 class LSQFakeQuantize(FakeQuantize):
     """The step size is learned, the zero-point stays (Esser et al. 2020)."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from calibquant.quantization.drop import Drop
-from calibquant.quantization.fake_quant import FakeQuantize, Role
+from calibquant.quantization.fake_quant import FakeQuantize, Role, SettledFakeQuantize
 from calibquant.quantization.observer import Observer
 
 M = TypeVar("M", bound=nn.Module)
@@ -85,19 +85,25 @@ def hooked(hooks: Mapping[M, Callable[[M, tuple[Tensor, ...], Tensor], Tensor | 
 
 
 @contextmanager
-def calibrating(module: nn.Module) -> Iterator[None]:
+def calibrating(module: nn.Module, again: bool = False) -> Iterator[None]:
     """Inside, activations flow in full precision and are observed; at the end ranges are set.
+
+    Args:
+        again: ranges were set before, and those of a :class:`SettledFakeQuantize` stay.
 
     Raises:
         ValueError: an activation was never seen or holds NaN; the message names its quantizer. If
             the body itself raises, no range is changed.
     """
-    watched = [(name, q, q.make_observer()) for name, q in quantizers(module, Role.ACTIVATION)]
+    found = quantizers(module, Role.ACTIVATION)
+    if again:
+        found = [(name, q) for name, q in found if not isinstance(q, SettledFakeQuantize)]
+    watched = [(name, q, q.make_observer()) for name, q in found]
     viewers = {q: _observe_into(name, seen) for name, q, seen in watched}
     with watching(viewers), full_precision(module), torch.no_grad():
         yield
-    for quantizer, found in [(q, _range_seen(name, seen)) for name, q, seen in watched]:
-        quantizer.set_range(*found)
+    for quantizer, bounds in [(q, _range_seen(name, seen)) for name, q, seen in watched]:
+        quantizer.set_range(*bounds)
 
 
 def _observe_into(name: str, seen: Observer) -> Callable[[Tensor], None]:

@@ -26,7 +26,7 @@ class Rows:
         images: learned from.
         views: all views of them that are learned from, the images themselves among these.
         unlearned: views of them that are not; what units have not learned from, they fit less well.
-        held_out: images that nothing is learned from.
+        held_out: images that no unit learns from.
     """
 
     images: int
@@ -49,7 +49,8 @@ def rows_of(count: int, settings: ReconSettings) -> Rows:
     share = settings.held_out
     kept_back = min(max(1, round(share * count)), count - 1) if share else 0
     learned = count - kept_back
-    unlearned = settings.match_views if settings.compensate else 0
+    matched = settings.compensate and "classifier" not in settings.merge  # see match.py
+    unlearned = settings.match_views if matched else 0
     return Rows(learned, settings.views * learned, unlearned * learned, kept_back)
 
 

@@ -125,7 +125,8 @@ def choose_store(
         logger.warning("%s are free on the GPU: activations stay in host memory", _size(have.device))
     if need.caches + (0 if on_gpu else need.step) <= SPARE * have.host:
         return Store(cpu, dtype, pinned=on_gpu)
-    if need.caches <= SPARE * have.disk:
+    staying = 2 * count * images[0].nbytes + (0 if on_gpu else need.step)  # views, and a copy of them
+    if need.caches <= SPARE * have.disk and staying <= SPARE * have.host:
         logger.warning(
             "%s are free in host memory: activations go to files in %s, which is slower",
             _size(have.host),

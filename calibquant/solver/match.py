@@ -9,13 +9,14 @@ from torch import Tensor
 
 from calibquant.model.quant_layer import QuantLinear
 from calibquant.model.quant_resnet import QuantClassifier
-from calibquant.quantization.affine import SCALE_EPS
 from calibquant.quantization.state import full_precision
 from calibquant.solver.caches import Store, UnitData, run_batched
 from calibquant.solver.peers import Peers
 
 WIDEST = 2.0
 """Largest factor, and its inverse the smallest, by which an input is matched."""
+CONSTANT = 1e-6
+"""Share of an input's mean square below which its variance is rounding: there is nothing to match."""
 
 
 @torch.no_grad()
@@ -68,7 +69,8 @@ def match_inputs(layer: QuantLinear, full: Tensor, quantized: Tensor, peers: Pee
     peers.average(moments)
     mean, mean_quantized, square, product = moments
     spread, shared = square - mean**2, product - mean * mean_quantized
-    factor = (spread / shared.clamp(min=SCALE_EPS)).clamp(1 / WIDEST, WIDEST)
+    factor = (spread / torch.maximum(shared, CONSTANT * spread)).clamp(1 / WIDEST, WIDEST)
+    factor = torch.where(spread > CONSTANT * square, factor, 1.0)
     layer.bias += layer.weight @ (mean - factor * mean_quantized)
     layer.weight *= factor
     layer.calibrate_weight()

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from calibquant.errors import UserError
 from calibquant.model.quant_layer import harden, layers
 from calibquant.model.quant_resnet import QuantClassifier, QuantResNet, Unit
 from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
 from calibquant.quantization.rounding import StraightThroughRounding
-from calibquant.quantization.state import calibrating, full_precision
+from calibquant.quantization.state import calibrating, full_precision, quantizers
 from calibquant.solver.augment import Rows, arrange, rows_of
 from calibquant.solver.caches import CACHE_TYPES, Activations, Store, UnitData, live_names, run_batched
 from calibquant.solver.compensate import compensate
@@ -49,7 +50,8 @@ class UnitResult:
             Of a classifier that was matched to its inputs (`match.py`), against the matched one's.
         held_out_before, held_out_after: the same on the images held out, None where there are none.
         unconverged: share of weights whose soft rounding was not yet near 0 or 1 at the end.
-        rounded_away: share of weights that did not go to their nearest grid point.
+        rounded_away: share of weights that learning did not leave at the grid point nearest to where it
+            began.
         reverted: learning made the unit worse or diverged, so that it was kept as it was before.
     """
 
@@ -132,8 +134,10 @@ def reconstruct(
     memory = memory or Memory()
     device = next(model.buffers()).device
     store = store or store_for(settings, device)
+    peers = peers or Peers()
+    require_held_out(settings, len(images), peers)
     rows = rows_of(len(images), settings)
-    means = Means(settings, device, store, rows, progress, engine or Engine(), peers or Peers())
+    means = Means(settings, device, store, rows, progress, engine or Engine(), peers)
     activations = Activations(channels_last(arrange(images, rows, seed + means.peers.rank), store.device))
     units = model.units(settings.granularity, settings.merge)
     return_freed_memory()
@@ -154,6 +158,20 @@ def reconstruct(
             del data, output, over
             return_freed_memory()
             yield result
+
+
+def require_held_out(settings: ReconSettings, images: int, peers: Peers) -> None:
+    """Make sure that, where images are held out, each of several processes has one to hold out.
+
+    Raises:
+        UserError: in all of them, where one has a single image.
+    """
+    (single,) = peers.total([int(images < 2)])
+    if settings.held_out and peers.size > 1 and single:
+        raise UserError(
+            f"quant.recon.held_out is {settings.held_out:g}, but a process has a single image; allowed are "
+            "at least two calibration images for each process"
+        )
 
 
 def channels_last(x: Tensor, device: torch.device) -> Tensor:
@@ -177,7 +195,11 @@ def store_for(settings: ReconSettings, device: torch.device) -> Store:
 @contextmanager
 def float32_precision(precision: str) -> Iterator[None]:
     """Inside, float32 convolutions on a GPU may use TF32 unless the precision is `fp32`."""
-    before = torch.backends.cudnn.allow_tf32
+    try:
+        before = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # whoever called has set precisions by torch's newer names: they stay
+        yield
+        return
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     try:
         yield
@@ -242,7 +264,7 @@ def set_ranges(module: nn.Module, data: UnitData, means: Means) -> None:
 
     Of several processes the first one's images count.
     """
-    with calibrating(module):
+    with calibrating(module, again=True):
         for inputs, _ in image_batches(data.part(slice(means.rows.images)), means):
             module(*inputs)
     means.peers.match(module)
@@ -277,7 +299,8 @@ def image_batches(data: UnitData, means: Means) -> Iterator[tuple[list[Tensor], 
 
 def learned_is_finite(module: nn.Module) -> bool:
     """Whether everything learned in a module is a number: step sizes, zero-points, rounding logits."""
-    return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
+    steps = [quantizer.scale for _, quantizer in quantizers(module)]  # a weight's are no parameters
+    return all(bool(torch.isfinite(each).all()) for each in (*module.parameters(), *steps))
 
 
 @torch.no_grad()
