@@ -20,7 +20,7 @@ from benchmarks.ablation_statistics import (
 )
 from calibquant.errors import UserError
 from calibquant.report.plots import finite
-from calibquant.solver.files import write_atomically
+from calibquant.solver.files import PICTURES, write_picture
 
 TITLES = {
     "top1": "top-1 %",
@@ -29,7 +29,6 @@ TITLES = {
     "expected_drop": "expected drop of top-1",
 }
 DIGITS = {"top1": 2, "agreement": 2, "kl": 4, "expected_drop": 3}
-FORMATS = ("png", "svg")
 PANELS = {
     "top1": "top-1 below float, points",
     "expected_drop": "expected drop, points",
@@ -274,8 +273,8 @@ def require_format(path: Path) -> None:
     Raises:
         UserError: it is not.
     """
-    if path.suffix[1:] not in FORMATS:
-        raise UserError(f"--plot {path}: allowed are names that end in .{' or .'.join(FORMATS)}")
+    if path.suffix[1:] not in PICTURES:
+        raise UserError(f"--plot {path}: allowed are names that end in .{' or .'.join(PICTURES)}")
 
 
 def plot_sets(path: Path, effects: Sequence[SetEffect], float_top1: float) -> None:
@@ -296,11 +295,7 @@ def plot_sets(path: Path, effects: Sequence[SetEffect], float_top1: float) -> No
             axes.set_ylabel(words)
     handles, names = row[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", frameon=False)
-
-    def write(file: Any) -> None:
-        figure.savefig(file, format=path.suffix[1:], dpi=150)
-
-    write_atomically(path, write)
+    write_picture(path, figure)
 
 
 def _strips(axes: Any, effects: Sequence[SetEffect], metric: str, float_top1: float) -> None:

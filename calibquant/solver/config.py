@@ -247,7 +247,7 @@ KEYS: list[Key] = [
         "quant.recon.iters",
         RECON["iters"],
         integer(0, 10**9),
-        "steps per unit; 0 keeps calibrated ranges and nearest rounding",
+        "steps per unit; with 0 nothing is learned: ranges and rounding are those found before",
     ),
     Key(
         "quant.recon.b_range",

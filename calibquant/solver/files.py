@@ -10,6 +10,9 @@ from typing import Any, BinaryIO
 
 from calibquant.errors import UserError
 
+PICTURES = ("png", "svg")
+"""Formats of pictures that are written."""
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None], overwrite: bool = True) -> bool:
     """Write a file so that no one ever sees half of it.
@@ -120,6 +123,11 @@ def _sync_folder(folder: Path) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file atomically."""
     write_atomically(path, lambda file: (file.write(content), None)[1])
+
+
+def write_picture(path: Path, figure: Any) -> None:
+    """Write a matplotlib figure, as the name's end says one of :data:`PICTURES`, atomically."""
+    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150))
 
 
 def write_json(path: Path, content: Any) -> None:

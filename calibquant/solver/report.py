@@ -79,7 +79,7 @@ def _write(page: str, path: Path) -> Path:
 
 
 def require_matplotlib() -> None:
-    """Nothing else needs matplotlib, so it is looked for only here.
+    """Make sure that pages can be made; what draws is imported after this, for a run goes on without it.
 
     Raises:
         UserError: it is not installed.

@@ -34,7 +34,7 @@ from calibquant.solver.bit_budget import (
     fewest_bits_per_weight,
 )
 from calibquant.solver.config import check_config, load_config, plain
-from calibquant.solver.files import write_bytes
+from calibquant.solver.files import PICTURES, write_bytes
 from calibquant.solver.imagenet_util import (
     batches,
     drawn,
@@ -42,7 +42,7 @@ from calibquant.solver.imagenet_util import (
     load_calibration,
     make_loader,
     report_unreadable,
-    validation_loader,
+    validation_samples,
 )
 from calibquant.solver.pipeline import (
     fix_randomness,
@@ -55,7 +55,6 @@ from calibquant.solver.probe import Bits, Measurement, Probe
 from calibquant.solver.run_log import RunLog, start_run
 from calibquant.solver.script import choose_device, config_parser, run_script
 from calibquant.solver.sensitivity_report import (
-    FORMATS,
     plot_sensitivity,
     ranking,
     require_matplotlib,
@@ -137,14 +136,15 @@ def load_labelled(config: EasyDict, count: int) -> tuple[Tensor, Tensor]:
     Raises:
         UserError: folder or classes are not as they must be, or an image is unreadable.
     """
-    samples = validation_loader(config).dataset.samples  # type: ignore[attr-defined]
+    samples = validation_samples(config)
     chosen = drawn(len(samples), count, config.process.seed)
     loader = make_loader([samples[index] for index in chosen], evaluation_transform(config.data), config)
     images, targets = [], []
     for batch in batches(loader, "read val"):
         report_unreadable(batch, config.data.skip_unreadable)
-        images += [batch.images] if len(batch.images) else []
-        targets.append(batch.targets)
+        kept = batch.to_keep()
+        images += [kept.images] if len(kept.images) else []
+        targets.append(kept.targets)
     if not images:
         raise UserError("val folder: no image in it can be read")
     return torch.cat(images), torch.cat(targets)
@@ -297,7 +297,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--budget", type=float, help="bits per weight, on average over all weights")
     parser.add_argument(
-        "--plot", choices=(*FORMATS, "none"), default="png", help="kind of the picture (default: png)"
+        "--plot", choices=(*PICTURES, "none"), default="png", help="kind of the picture (default: png)"
     )
     return parser.parse_args()
 

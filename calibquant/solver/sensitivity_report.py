@@ -1,13 +1,10 @@
-"""What each unit costs, as a table and as a picture; the only place that needs matplotlib."""
+"""What each unit costs, as a table and as a picture."""
 
 from pathlib import Path
-from typing import Any
 
 from calibquant.errors import UserError
-from calibquant.solver.files import write_atomically
+from calibquant.solver.files import write_picture
 from calibquant.solver.probe import Bits, Cost, Measurement
-
-FORMATS = ("png", "svg")
 
 
 def ranking(measurements: list[Measurement]) -> list[str]:
@@ -88,8 +85,4 @@ def plot_sensitivity(path: Path, ranked: list[str], measurements: list[Measureme
         axes.grid(alpha=0.3)
     agreement.legend()
     figure.suptitle(title)
-
-    def write(file: Any) -> None:
-        figure.savefig(file, format=path.suffix[1:], dpi=150)
-
-    write_atomically(path, write)
+    write_picture(path, figure)
