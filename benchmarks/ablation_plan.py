@@ -58,7 +58,7 @@ Learning rates stay the config's; ``qdrop=exp/.../qdrop.yaml`` takes QDrop's own
 OF_CALIBRATION_IMAGES = ("data.augment", "data.sharpness")
 """Keys outside of `quant` that say how calibration images, and they alone, are read."""
 NOT_THE_RESULT = ("model.path", "data.path", "data.calibration", *HARMLESS)
-"""Keys whose values do not tell runs apart: weights and images are hashed themselves."""
+"""Keys whose values do not tell runs apart: weights and calibration images are hashed themselves."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Point:
     Attributes:
         config: checked; its seed and bits are the point's.
         images: the images that calibration takes of the set.
-        sha256: hash of those images, as in a run's `metrics.json`.
+        sha256: hash of those images, as in a run's `metrics.json` if none is unreadable.
     """
 
     bits: str
@@ -129,7 +129,7 @@ def parse_variant(given: str) -> Variant:
 def _value(text: str, what: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date of month 13
         raise UserError(f"{what}: {printable(text, 80)} is no valid YAML value") from error
 
 
@@ -267,7 +267,7 @@ def plan(
         overrides: edits that all runs share.
 
     Raises:
-        UserError: see :func:`variant_config`.
+        UserError: see :func:`variant_config`; an image cannot be read.
     """
     digests: dict[tuple[Path, ...], str] = {}
     for seed, (name, whole), (width, widths), variant in product(

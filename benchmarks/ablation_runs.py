@@ -29,6 +29,7 @@ from calibquant.solver.imagenet_util import (
     batches,
     evaluation_transform,
     make_loader,
+    names_and_sizes,
     report_unreadable,
     validation_loader,
 )
@@ -102,10 +103,9 @@ class Scorer:
 
     @cached_property
     def identity(self) -> str:
-        """Tells weights and images apart, the latter by their names."""
+        """Tells weights and images apart, the latter by their names and sizes."""
         samples = chain.from_iterable(loader.dataset.samples for loader in self.loaders)
-        names = [f"{path.parent.name}/{path.name}" for path, _ in samples]
-        return checksum({"weights": dict(self.model.state_dict()), "val": names})
+        return checksum({"weights": dict(self.model.state_dict()), "val": names_and_sizes(samples)})
 
     @cached_property
     def references(self) -> tuple[Reference, Reference]:
@@ -155,7 +155,7 @@ class Scorer:
             report_unreadable(batch, self.config.data.skip_unreadable)
             if len(batch.images):
                 logits = network(batch.images.to(self.device, non_blocking=True)).cpu()
-                yield from zip(logits.split(1), batch.targets.split(1), strict=True)
+                yield from zip(logits.split(1), batch.to_keep().targets.split(1), strict=True)
 
 
 def image_metrics(expected: Tensor, found: Tensor, target: Tensor, temperature: float) -> dict[str, float]:
@@ -217,7 +217,7 @@ def calibration_images(point: Point) -> Tensor:
         UserError: one is unreadable (unless `data.skip_unreadable`), or all are.
     """
     reader = Reader(point.config, torch.device("cpu"), point.config.data.skip_unreadable)
-    read = [images for images, _ in reader.read(point.images.paths, point.set)]
+    read = [images.clone() for images, _ in reader.read(point.images.paths, point.set)]  # see to_keep
     if not read:
         raise UserError(f"--sets {point.images.given}: no image of it can be read")
     return torch.cat(read)

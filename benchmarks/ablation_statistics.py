@@ -57,8 +57,8 @@ def paired_difference(found: Values, baseline: Values, seed: int = 0) -> Differe
 
 
 def spread(values: Sequence[float]) -> float:
-    """Largest minus smallest."""
-    return max(values) - min(values)
+    """Largest minus smallest; NaN where a network diverged."""
+    return float(np.ptp(values))
 
 
 def rank_correlation(scores: Sequence[float], values: Sequence[float]) -> float:

@@ -16,6 +16,7 @@ if __package__ in (None, ""):  # run as a file: the repository is a folder up
 
 import torch
 
+from calibquant.errors import UserError
 from calibquant.solver.checkpoint import find_checkpoint, load_checkpoint, require_agreement
 from calibquant.solver.config import load_config
 from calibquant.solver.imagenet_util import batches, report_unreadable, validation_loader
@@ -49,7 +50,9 @@ def compare(reference, quantized, config, device) -> dict[str, float]:
         x = batch.images.to(device)
         expected.append(reference(x))
         found.append(quantized(x))
-        targets.append(batch.targets.to(device))
+        targets.append(batch.to_keep().targets.to(device))
+    if not targets:
+        raise UserError("val folder: no image in it can be read")
     known = Reference(expected, targets)
     cost = known.compare(found)
     return {

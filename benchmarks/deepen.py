@@ -23,7 +23,7 @@ from torch import Tensor
 from calibquant.errors import UserError
 from calibquant.model.resnet import ARCHITECTURES
 from calibquant.solver.config import load_config, plain
-from calibquant.solver.files import require_writable
+from calibquant.solver.files import require_writable, write_atomically, write_bytes
 from calibquant.solver.pipeline import float_model
 from calibquant.solver.script import config_parser, run_script
 
@@ -39,10 +39,10 @@ def main() -> None:
     require_writable(args.out)
     state = deepened(float_model(config).state_dict(), ARCHITECTURES["resnet101"].depths)
     path = args.out / "resnet101.pth"
-    torch.save(state, path)
+    write_atomically(path, lambda file: torch.save(state, file))
     raw = plain(config) | {"quant": plain(other)["quant"]}
     raw["model"] |= {"type": "resnet101", "path": str(path)}
-    (args.out / "config.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    write_bytes(args.out / "config.yaml", yaml.safe_dump(raw, sort_keys=False).encode())
     print(args.out / "config.yaml")
 
 

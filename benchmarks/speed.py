@@ -65,11 +65,14 @@ WARM_UP = 2
 
 def main() -> None:
     args = arguments()
+    require_counts(args)
     config = load_config(args.config)
     device = choose_device(args.device)
     config.quant.calibrate = args.images
     model = float_model(config)
     images = load_calibration(config).images
+    if len(images) < args.batch:
+        raise UserError(f"--batch is {args.batch}, but the calibration folder has {len(images)} images")
     quantized = quantize_model(model.to(device), config)
     wanted = wanted_units(args.units, [unit.name for unit in quantized.units("block")])
     calibrate(quantized, images, config)
@@ -90,6 +93,19 @@ def main() -> None:
         command = " ".join(["python", *sys.argv])
         about = {"command": command, "machine": machine(device), "versions": versions()}
         write_json(Path(args.out), about | result)
+
+
+def require_counts(args: argparse.Namespace) -> None:
+    """Refuse numbers that nothing could be measured with.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name, least in (("batch", 1), ("images", args.batch), ("steps", 1), ("rounds", 1)):
+        value = getattr(args, name)
+        if value < least:
+            why = ", the images of a batch" if name == "images" else ""
+            raise UserError(f"--{name} is {value}, allowed is an integer of at least {least}{why}")
 
 
 def wanted_units(wanted: str, names: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from benchmarks import ablation, ablation_runs
 from benchmarks.ablation_plan import PRESETS, edited, parse_variant, taken
 from benchmarks.ablation_report import SetEffect, plot_sets, sets_table
-from benchmarks.ablation_runs import image_metrics
+from benchmarks.ablation_runs import Scorer, image_metrics
 from benchmarks.ablation_statistics import (
     fitted_temperature,
     paired_difference,
@@ -107,6 +107,7 @@ def test_runs_are_averaged_image_by_image():
 
 def test_spreads_and_ranks():
     assert spread([3.0, 1.0, 2.5]) == 2
+    assert np.isnan(spread([1.0, float("nan"), 2.0])), "a set on which a network diverged is not left out"
     assert rank_correlation([1, 2, 3], [0.1, 0.5, 9]) == pytest.approx(1)
     assert rank_correlation([1, 2, 3], [9, 0.5, 0.1]) == pytest.approx(-1)
     assert all(np.isnan(rank_correlation(*pair)) for pair in (([1, 2], [1, 2]), ([1, 2, 3], [4, 4, 4])))
@@ -234,6 +235,19 @@ def test_only_what_is_new_is_run(finished, place, monkeypatch, capsys):
     assert [" kept: w2a4 " in line for line in lines] == [True, True, False, False] * 2
 
 
+def test_other_images_under_the_same_names_are_scored_anew(finished, place):
+    config = load_config(place / "config0.yaml")
+    before = Scorer(config, torch.device("cpu")).identity
+    victim = min((place / "imagenet/val").rglob("*.JPEG"))
+    content = victim.read_bytes()
+    try:
+        victim.write_bytes(content + b"\0")
+        assert Scorer(config, torch.device("cpu")).identity != before
+    finally:
+        victim.write_bytes(content)
+    assert Scorer(config, torch.device("cpu")).identity == before
+
+
 def test_images_that_no_run_calibrates_with_are_scored_too(finished, place, monkeypatch, capsys):
     """Four of sixteen train images are left; what is said of the val folder stays what it was."""
     more = ("--unused", "--out", "unused.json", "--plot", "unused.png")
@@ -286,6 +300,8 @@ MISTAKES = {
     "has no score of the set": ["--variants", "ours", "--scores", "empty.json"],
     "--plot p.jpg: allowed are": ["--variants", "ours", "--plot", "p.jpg"],
     "runs calibrate with every image": ["--variants", "ours", "--images", "16", "--unused"],
+    "is no valid YAML value": ["--variants", "ours,quant.recon.iters=2020-13-01"],
+    "0.JPEG: cannot be read (No such file or directory)": ["--variants", "ours", "--sets", "broken"],
     "--plot shows what sets change": ["--variants", "ours", "--plot", "p.png"],
 }
 
@@ -294,6 +310,10 @@ MISTAKES = {
 def test_a_mistake_is_one_clear_line_and_exit_code_2(place, monkeypatch, capsys, words):
     (place / "other.json").write_text("[]")
     (place / "empty.json").write_text('{"sets": []}')
+    link = place / "broken" / "0.JPEG"
+    if not link.is_symlink():
+        link.parent.mkdir()
+        link.symlink_to("nowhere")
     assert run(place, monkeypatch, *MISTAKES[words]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
