@@ -403,6 +403,10 @@ BY_STATISTICS = [*TRAIN, *CONFIG, "--strategy", "bn_statistics"]
         (["--score", "absent", *CONFIG, "--num", "96"], "--num is 96, allowed is none with --score"),
         (["--score", "absent", *CONFIG, "--out", "set"], "--out is set, allowed is none with --score"),
         ([*TRAIN, "--json", "scores.json"], "--json is scores.json, allowed is only with --score"),
+        (
+            [*TRAIN, "--candidates", 9],
+            "--candidates is 9, allowed is only with --strategy bn_statistics or",
+        ),
         ([*TRAIN, "--by", "ranges"], "--by is ranges, allowed is only with --score"),
         (["--score", "x" * 300, *CONFIG], "--score: calibration folder xxx"),
         (["--score", "long.txt", *CONFIG], "--score long.txt: xxx"),

@@ -36,6 +36,8 @@ logger = logging.getLogger("calibquant")
 
 OF_MAKING = "num", "seed", "strategy", "cover_classes", "classes", "out", "copy", "link", "candidates"
 """Options that say how a set is made."""
+OF_A_POOL = ("candidates",)
+"""Options of strategies that run the float network."""
 OF_RANKING = "by", "reference", "json"
 """Options that say how sets are ranked."""
 
@@ -258,6 +260,10 @@ def parse_arguments() -> argparse.Namespace:
         require_defaults(parser, args, OF_MAKING, "none with --score, which makes no set")
     else:
         require_defaults(parser, args, OF_RANKING, "only with --score")
+        if args.strategy not in POOL_STRATEGIES:
+            require_defaults(
+                parser, args, OF_A_POOL, f"only with --strategy {' or '.join(POOL_STRATEGIES)}"
+            )
     return args
 
 
