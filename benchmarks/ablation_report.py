@@ -29,6 +29,8 @@ TITLES = {
     "expected_drop": "expected drop of top-1",
 }
 DIGITS = {"top1": 2, "agreement": 2, "kl": 4, "expected_drop": 3}
+LEVEL_LETTERS = 14
+"""Of a variant's name in the plot: longer ones would run into one another, and are slanted."""
 PANELS = {
     "top1": "top-1 below float, points",
     "expected_drop": "expected drop, points",
@@ -314,6 +316,9 @@ def _strips(axes: Any, effects: Sequence[SetEffect], metric: str, float_top1: fl
     low, high = min(drawn), max(drawn)
     air = 0.08 * (high - low) or 1.0
     axes.set_ylim(low - air * (low < 0), high + air)
-    axes.set_xticks(range(len(effects)), [effect.variant.replace(",", ",\n") for effect in effects])
+    names = [effect.variant.replace(",", ",\n") for effect in effects]
+    slanted = max(len(line) for name in names for line in name.split("\n")) > LEVEL_LETTERS
+    tilt = {"rotation": 30, "ha": "right"} if slanted else {}
+    axes.set_xticks(range(len(effects)), names, **tilt)
     axes.set_xlim(-0.5, len(effects) - 0.5)
     axes.grid(axis="y", alpha=0.3)
