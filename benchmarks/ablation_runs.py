@@ -155,7 +155,7 @@ class Scorer:
             report_unreadable(batch, self.config.data.skip_unreadable)
             if len(batch.images):
                 logits = network(batch.images.to(self.device, non_blocking=True)).cpu()
-                yield from zip(logits.split(1), batch.to_keep().targets.split(1), strict=True)
+                yield from zip(logits.split(1), batch.targets.clone().split(1), strict=True)
 
 
 def image_metrics(expected: Tensor, found: Tensor, target: Tensor, temperature: float) -> dict[str, float]:

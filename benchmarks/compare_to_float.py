@@ -50,7 +50,7 @@ def compare(reference, quantized, config, device) -> dict[str, float]:
         x = batch.images.to(device)
         expected.append(reference(x))
         found.append(quantized(x))
-        targets.append(batch.to_keep().targets.to(device))
+        targets.append(batch.targets.clone().to(device))
     if not targets:
         raise UserError("val folder: no image in it can be read")
     known = Reference(expected, targets)

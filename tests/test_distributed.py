@@ -141,6 +141,10 @@ def test_parts_hold_every_image_once_and_batches_are_shared_out():
     assert recon_settings(small_config(), 12, 2).batch_size == 4
     assert recon_settings(small_config(quant__recon__batch_size=32), 13, 2).batch_size == 6
     assert recon_settings(small_config(), 12).batch_size == 8
+    held_out = small_config(quant__recon__held_out=0.5)
+    assert recon_settings(held_out, 4, 2).held_out == 0.5
+    with pytest.raises(UserError, match=r"held_out is 0\.5, allowed with 2 processes and 3 .* is 0"):
+        recon_settings(held_out, 3, 2)
 
 
 def torchrun(
@@ -150,7 +154,6 @@ def torchrun(
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     target = [str(script), "--config", str(config), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = str(SOLVER.parents[1])
     return subprocess.Popen(
         [sys.executable, *command, *target],
         cwd=config.parent,
@@ -304,10 +307,13 @@ def test_a_mistake_that_one_process_meets_is_told_once(place):
 
 def test_memory_that_one_process_lacks_is_told_once(tmp_path):
     lines = [
+        "import sys",
+        f"sys.path.insert(0, {str(SOLVER.parents[1])!r})",
         "from calibquant.solver.distributed import team",
         "from calibquant.solver.script import run_script",
         "def main():",
         "    with team() as peers:",
+        "        peers.total([1])",
         "        if not peers.leads:",
         "            raise MemoryError('no room for 9 GB')",
         "        peers.total([1])",

@@ -10,7 +10,7 @@ from torch import nn
 from calibquant.model.equalize import Junction, junctions, rescale
 from calibquant.model.quant_layer import layers
 from calibquant.model.quant_resnet import QuantResNet
-from calibquant.quantization.fake_quant import FakeQuantize, Role, SettledFakeQuantize
+from calibquant.quantization.fake_quant import FakeQuantize, Role, SharedRangeFakeQuantize
 from calibquant.quantization.state import (
     calibrating,
     full_precision,
@@ -329,7 +329,7 @@ def test_ranges_stay_as_the_readers_outside_of_a_unit_want_them(iters, scope, ke
     def read_outside() -> list[FakeQuantize]:
         return [model.stem.output_quantizer, model.blocks[0].join.output_quantizer]
 
-    assert [isinstance(q, SettledFakeQuantize) for q in read_outside()] == [kept >= 1, kept >= 2]
+    assert [isinstance(q, SharedRangeFakeQuantize) for q in read_outside()] == [kept >= 1, kept >= 2]
     before = [float(quantizer.scale) for quantizer in read_outside()]
     for _ in zip(range(2), reconstruct(model, IMAGES, recon_settings(config), seed=7), strict=False):
         pass

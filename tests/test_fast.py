@@ -117,6 +117,15 @@ def test_adam_moves_parameters_of_more_shapes_than_the_compilers_limit(monkeypat
     assert all(torch.allclose(p, torch.full_like(p, 0.9), atol=1e-5) for p in parameters)
 
 
+def test_more_shapes_than_are_compiled_for_are_told_not_raised(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(fast, "MOST_GROUPS", 4)
+    parameters = [torch.nn.Parameter(torch.ones(2, 3 + number)) for number in range(9)]
+    optimizer = CompiledAdam([{"params": [parameter], "lr": 0.1} for parameter in parameters])
+    sum((p**2).sum() for p in parameters).backward()
+    assert isinstance(fast.compile_trouble(optimizer.step), str)
+
+
 def test_units_of_one_kind_share_what_is_compiled(monkeypatch):
     graphs = []
 

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,10 @@ def test_figures() -> None:
         f"outputs that cannot be written: {SEEN['refused']} refused in one line with nothing lost; "
         f"{SEEN['runs at once']} runs at once ended with whole files and logs of their own"
     )
+
+
+def test_what_a_terminal_cannot_show_is_no_traceback():
+    code = "from calibquant.solver.script import run_script; run_script(lambda: print('a \u2212 b'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"a \\u2212 b\n"), done.stderr

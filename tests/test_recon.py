@@ -18,7 +18,7 @@ from calibquant.solver.learn import (
     regularizer_exponent,
 )
 from calibquant.solver.pipeline import recon_settings
-from calibquant.solver.recon import reconstruct
+from calibquant.solver.recon import float32_precision, learned_is_finite, reconstruct
 from tests.small import calibrated_model, small_config
 
 IMAGES = torch.randn(13, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -179,6 +179,27 @@ def test_on_a_gpu_the_same_job_runs_with_caches_there_or_in_host_memory(keep_gpu
     model = calibrated_model(config, IMAGES).cuda()
     results = list(reconstruct(model, IMAGES, recon_settings(config), seed=7))
     assert sum(r.error_after for r in results) < sum(r.error_before for r in results)
+
+
+def test_precisions_set_by_torchs_newer_names_stay_and_are_told(caplog):
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        conv.fp32_precision = "ieee"
+        with float32_precision("tf32"):
+            assert conv.fp32_precision == "ieee"
+        assert "conv.fp32_precision is set and stays ieee" in caplog.text
+    finally:
+        conv.fp32_precision = before
+    with float32_precision("fp32"):
+        assert not torch.backends.cudnn.allow_tf32
+
+
+def test_a_weights_step_size_that_is_no_number_is_seen():
+    model = calibrated_model(small_config(), IMAGES)
+    assert learned_is_finite(model.stem)
+    model.stem.conv1.weight_quantizer.scale[0] = torch.inf
+    assert not learned_is_finite(model.stem)
 
 
 def test_ranges_are_set_again_on_what_a_unit_is_really_given():

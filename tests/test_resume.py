@@ -170,6 +170,20 @@ def test_a_unit_of_many_merged_ones_is_kept_under_a_name_that_fits(tmp_path):
     assert kept is not None and kept.name == units[1].name
 
 
+def test_a_state_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with run_state("config.yaml", False, tmp_path) as state:
+        state.keep_score("float", {"top1": 1.0})
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(UserError, match=r"score_float\.json: cannot be"),
+        ):
+            patch.setattr(Path, "unlink", refuse)
+            state.forget()
+
+
 def test_where_nothing_can_be_locked_a_run_warns_and_goes_on(tmp_path, monkeypatch, caplog):
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

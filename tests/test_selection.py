@@ -409,6 +409,7 @@ BY_STATISTICS = [*TRAIN, *CONFIG, "--strategy", "bn_statistics"]
         ),
         ([*TRAIN, "--by", "ranges"], "--by is ranges, allowed is only with --score"),
         (["--score", "x" * 300, *CONFIG], "--score: calibration folder xxx"),
+        ([*TRAIN, "--num", 8, "--out", f"{'x' * 300}/set"], "/"),
         (["--score", "long.txt", *CONFIG], "--score long.txt: xxx"),
         (["--score", "absent", *CONFIG], "--score: calibration folder absent: No such file"),
         (["--score", "imagenet/train", *CONFIG, "--reference", "x"], "--reference: calibration folder x"),

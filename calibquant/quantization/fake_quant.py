@@ -158,9 +158,10 @@ class FakeQuantize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.quantize(x) if self.enabled else x
 
-    def hardened(self) -> "FixedFakeQuantize":
+    def hardened(self, kind: "type[FixedFakeQuantize] | None" = None) -> "FixedFakeQuantize":
         """The same quantizer with its qparams as they are now, fixed."""
-        fixed = FixedFakeQuantize(self.bits, self.symmetric, self.ch_axis, self.observer_type, self.role)
+        kind = kind or FixedFakeQuantize
+        fixed = kind(self.bits, self.symmetric, self.ch_axis, self.observer_type, self.role)
         fixed.scale, fixed.zero_point = self.hard_qparams()
         return fixed
 
@@ -172,17 +173,8 @@ class FixedFakeQuantize(FakeQuantize):
     """Range and step stay as calibrated; rounding is to nearest."""
 
 
-class SettledFakeQuantize(FixedFakeQuantize):
+class SharedRangeFakeQuantize(FixedFakeQuantize):
     """Its range serves readers outside of its unit: it stays where a unit's ranges are set again."""
-
-    @classmethod
-    def of(cls, quantizer: FakeQuantize) -> "SettledFakeQuantize":
-        """Another quantizer with its qparams as they are now, settled."""
-        settled = cls(
-            quantizer.bits, quantizer.symmetric, quantizer.ch_axis, quantizer.observer_type, quantizer.role
-        )
-        settled.scale, settled.zero_point = quantizer.hard_qparams()
-        return settled
 
 
 class LSQFakeQuantize(FakeQuantize):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from calibquant.quantization.drop import Drop
-from calibquant.quantization.fake_quant import FakeQuantize, Role, SettledFakeQuantize
+from calibquant.quantization.fake_quant import FakeQuantize, Role, SharedRangeFakeQuantize
 from calibquant.quantization.observer import Observer
 
 M = TypeVar("M", bound=nn.Module)
@@ -89,7 +89,7 @@ def calibrating(module: nn.Module, again: bool = False) -> Iterator[None]:
     """Inside, activations flow in full precision and are observed; at the end ranges are set.
 
     Args:
-        again: ranges were set before, and those of a :class:`SettledFakeQuantize` stay.
+        again: ranges were set before, and those of a :class:`SharedRangeFakeQuantize` stay.
 
     Raises:
         ValueError: an activation was never seen or holds NaN; the message names its quantizer. If
@@ -97,7 +97,7 @@ def calibrating(module: nn.Module, again: bool = False) -> Iterator[None]:
     """
     found = quantizers(module, Role.ACTIVATION)
     if again:
-        found = [(name, q) for name, q in found if not isinstance(q, SettledFakeQuantize)]
+        found = [(name, q) for name, q in found if not isinstance(q, SharedRangeFakeQuantize)]
     watched = [(name, q, q.make_observer()) for name, q in found]
     viewers = {q: _observe_into(name, seen) for name, q, seen in watched}
     with watching(viewers), full_precision(module), torch.no_grad():

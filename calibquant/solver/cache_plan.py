@@ -125,8 +125,15 @@ def choose_store(
         logger.warning("%s are free on the GPU: activations stay in host memory", _size(have.device))
     if need.caches + (0 if on_gpu else need.step) <= SPARE * have.host:
         return Store(cpu, dtype, pinned=on_gpu)
-    staying = 2 * count * images[0].nbytes + (0 if on_gpu else need.step)  # views, and a copy of them
-    if need.caches <= SPARE * have.disk and staying <= SPARE * have.host:
+    copies = 1 if count == len(images) else 2  # as the store lays them out, and with their views
+    staying = copies * count * images[0].nbytes + (0 if on_gpu else need.step)
+    which = f"{count} images (quant.calibrate x views, of quant.recon.views and match_views)"
+    if need.caches <= SPARE * have.disk and staying > SPARE * have.host:
+        raise UserError(
+            f"{which} need about {_size(staying)} of host memory themselves, wherever activations are; "
+            f"free are {_size(have.host)}; lower one of these"
+        )
+    if need.caches <= SPARE * have.disk:
         logger.warning(
             "%s are free in host memory: activations go to files in %s, which is slower",
             _size(have.host),
@@ -134,8 +141,7 @@ def choose_store(
         )
         return FileStore(dtype, folder)
     raise UserError(
-        f"activations of {count} images (quant.calibrate x views, of quant.recon.views and match_views) "
-        f"need about {_size(need.caches)}; "
+        f"activations of {which} need about {_size(need.caches)}; "
         f"free are {_size(have.device)} on {device}, {_size(have.host)} of host memory and "
         f"{_size(have.disk)} on disk; lower one of these"
     )

@@ -39,7 +39,7 @@ T = TypeVar("T")
 TIMEOUT = timedelta(days=1)
 """The longest that a process waits for another: the first one finds ranges on all images meanwhile.
 
-One that ends is noticed at once."""
+One that ends is noticed at once, by its closed connections."""
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells its processes."""
 _INTERRUPTED = 130

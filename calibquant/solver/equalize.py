@@ -21,7 +21,7 @@ from calibquant.model.equalize import Junction, junctions, rescale, shift
 from calibquant.model.quant_layer import QuantLayer
 from calibquant.model.quant_resnet import QuantResidualBlock, QuantResNet
 from calibquant.quantization.affine import broadcastable, fake_quantize_affine
-from calibquant.quantization.fake_quant import FakeQuantize, Role, SettledFakeQuantize
+from calibquant.quantization.fake_quant import FakeQuantize, Role, SharedRangeFakeQuantize
 from calibquant.quantization.state import full_precision, hooked, quantizers, watching
 from calibquant.solver.caches import Store, run_batched
 from calibquant.solver.learn import Progress, batch_order, cosine, learning, reconstruction_loss
@@ -128,7 +128,7 @@ def settle_ranges(model: QuantResNet, scope: str) -> None:
     for part in (model.stem, *joins):
         quantizer = part.output_quantizer
         if isinstance(quantizer, FakeQuantize) and quantizer in scaled:
-            part.output_quantizer = SettledFakeQuantize.of(quantizer)
+            part.output_quantizer = quantizer.hardened(SharedRangeFakeQuantize)
 
 
 def equalize(

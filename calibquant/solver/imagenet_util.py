@@ -161,7 +161,7 @@ def is_image(path: Path) -> bool:
 
 
 def images_inside(folder: Path) -> list[Path]:
-    """Image files at any depth, folder by folder; what else lies there is named in the log.
+    """Image files at any depth, sorted; what else lies there is named in the log.
 
     Walks by directory entries: no stat for each of 1.3 million files. Links to folders are not followed.
 
@@ -174,15 +174,15 @@ def images_inside(folder: Path) -> list[Path]:
 
     images = []
     for inside, folders, names in os.walk(folder, onerror=fail):
-        for path in (Path(inside, name) for name in sorted(folders)):
+        for path in (Path(inside, name) for name in folders):
             if path.is_symlink():
                 logger.warning("%s: ignored, a link to a folder", printable(str(path)))
-        for path in (Path(inside, name) for name in sorted(names)):
+        for path in (Path(inside, name) for name in names):
             if is_image(path):
                 images.append(path)
             else:
                 logger.warning("%s: ignored, its name is not an image's", printable(str(path)))
-    return images
+    return sorted(images)
 
 
 def list_samples(folder: Path, classes: list[str], what: str) -> list[Sample]:
@@ -200,7 +200,7 @@ def list_samples(folder: Path, classes: list[str], what: str) -> list[Sample]:
                 f"{what} {folder}: class folder {class_folder.name} is none of the {len(classes)} classes "
                 f"({classes[0]}, {classes[1] if len(classes) > 1 else ''} ...); see data.classes"
             )
-        samples += [(path, index[class_folder.name]) for path in sorted(images_inside(class_folder))]
+        samples += [(path, index[class_folder.name]) for path in images_inside(class_folder)]
     samples += [(path, -1) for path in sorted(folder.iterdir()) if is_image(path) and not path.is_dir()]
     if not samples:
         raise UserError(f"{what} {folder}: holds no image ({', '.join(IMG_EXTENSIONS)})")
@@ -208,7 +208,7 @@ def list_samples(folder: Path, classes: list[str], what: str) -> list[Sample]:
 
 
 def names_and_sizes(samples: Iterable[Sample]) -> list[str]:
-    """What tells images apart without reading them: class folder, name and bytes of each, in order."""
+    """What tells labelled images apart without reading them: class, folder, name and bytes of each."""
 
     def size(path: Path) -> int | None:
         try:
@@ -216,7 +216,7 @@ def names_and_sizes(samples: Iterable[Sample]) -> list[str]:
         except OSError:  # unreadable, as whoever reads it will say
             return None
 
-    return [f"{path.parent.name}/{path.name} {size(path)}" for path, _ in samples]
+    return [f"{target} {path.parent.name}/{path.name} {size(path)}" for path, target in samples]
 
 
 def require_classes(samples: list[Sample], where: str) -> None:
@@ -391,15 +391,17 @@ def validation_samples(config: EasyDict) -> list[Sample]:
     return samples
 
 
-def validation_loader(config: EasyDict, peers: Peers | None = None) -> DataLoader[Any]:
-    """Batches of ``val/``, or of this process's part of it.
+def validation_loader(config: EasyDict, samples: list[Sample] | None = None) -> DataLoader[Any]:
+    """Batches of images as they are scored.
+
+    Args:
+        samples: None for all of ``val/``.
 
     Raises:
         UserError: see :func:`validation_samples`.
     """
-    samples = validation_samples(config)
-    if peers:
-        samples = samples[peers.share(len(samples), "val")]
+    if samples is None:
+        samples = validation_samples(config)
     return make_loader(samples, evaluation_transform(config.data), config)
 
 

@@ -127,7 +127,16 @@ def recon_settings(config: EasyDict, images: int | None = None, processes: int =
     Args:
         images: of the calibration set; a step takes at most all of them.
         processes: each takes its share of a step's images.
+
+    Raises:
+        UserError: images are to be held out, and not every process has two.
     """
+    held_out = config.quant.recon.held_out
+    if images and processes > 1 and held_out and images < 2 * processes:
+        raise UserError(
+            f"quant.recon.held_out is {held_out:g}, allowed with {processes} processes and {images} "
+            "calibration images is 0: a process has only one"
+        )
     values = dict(config.quant.recon)
     values["batch_size"] = min(values["batch_size"], images or values["batch_size"]) // processes
     values["b_range"], values["merge"] = tuple(values["b_range"]), tuple(values["merge"])

@@ -7,6 +7,7 @@ network is never re-run. How one unit learns stands in `learn.py`.
 """
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from calibquant.errors import UserError
 from calibquant.model.quant_layer import harden, layers
 from calibquant.model.quant_resnet import QuantClassifier, QuantResNet, Unit
 from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
@@ -37,6 +37,8 @@ from calibquant.solver.learn import (
 from calibquant.solver.match import match_classifier
 from calibquant.solver.memory import return_freed_memory
 from calibquant.solver.peers import Peers
+
+logger = logging.getLogger("calibquant")
 
 
 @dataclass
@@ -134,10 +136,8 @@ def reconstruct(
     memory = memory or Memory()
     device = next(model.buffers()).device
     store = store or store_for(settings, device)
-    peers = peers or Peers()
-    require_held_out(settings, len(images), peers)
     rows = rows_of(len(images), settings)
-    means = Means(settings, device, store, rows, progress, engine or Engine(), peers)
+    means = Means(settings, device, store, rows, progress, engine or Engine(), peers or Peers())
     activations = Activations(channels_last(arrange(images, rows, seed + means.peers.rank), store.device))
     units = model.units(settings.granularity, settings.merge)
     return_freed_memory()
@@ -160,20 +160,6 @@ def reconstruct(
             yield result
 
 
-def require_held_out(settings: ReconSettings, images: int, peers: Peers) -> None:
-    """Make sure that, where images are held out, each of several processes has one to hold out.
-
-    Raises:
-        UserError: in all of them, where one has a single image.
-    """
-    (single,) = peers.total([int(images < 2)])
-    if settings.held_out and peers.size > 1 and single:
-        raise UserError(
-            f"quant.recon.held_out is {settings.held_out:g}, but a process has a single image; allowed are "
-            "at least two calibration images for each process"
-        )
-
-
 def channels_last(x: Tensor, device: torch.device) -> Tensor:
     """Images ``[N, C, H, W]`` on a device, the channels of each place side by side."""
     return x.to(device).contiguous(memory_format=torch.channels_last)
@@ -194,10 +180,18 @@ def store_for(settings: ReconSettings, device: torch.device) -> Store:
 
 @contextmanager
 def float32_precision(precision: str) -> Iterator[None]:
-    """Inside, float32 convolutions on a GPU may use TF32 unless the precision is `fp32`."""
+    """Inside, float32 convolutions on a GPU may use TF32 unless the precision is `fp32`.
+
+    Where whoever called has set that by torch's newer names, it stays as it is, with a line that says so.
+    """
     try:
         before = torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # whoever called has set precisions by torch's newer names: they stay
+    except RuntimeError:  # torch lets nobody read by the old name what was set by a new one
+        logger.warning(
+            "quant.recon.precision %s: torch.backends.cudnn.conv.fp32_precision is set and stays %s",
+            precision,
+            torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        )
         yield
         return
     torch.backends.cudnn.allow_tf32 = precision != "fp32"

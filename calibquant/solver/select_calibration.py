@@ -175,7 +175,7 @@ def _check_place(folder: Path, train: Path) -> None:
         raise UserError(f"{folder}: exists already; remove it, or give another folder with --out")
     if folder.is_relative_to(train):
         raise UserError(f"--out {folder}: allowed is a folder outside of the train folder")
-    if folder.parent.is_file():
+    if os.path.isfile(folder.parent):  # noqa: PTH113 - unlike Path's, false for what cannot be looked at
         raise UserError(f"--out {folder}: cannot be written: Not a directory")
     require_writable(folder.parent)
 
