@@ -174,8 +174,11 @@ def images_inside(folder: Path) -> list[Path]:
 
     images = []
     for inside, folders, names in os.walk(folder, onerror=fail):
-        for path in (Path(inside, name) for name in folders):
-            if path.is_symlink():
+        for path in (Path(inside, name) for name in list(folders)):
+            if is_image(path):  # by its name: whoever reads it will say that it is none
+                images.append(path)
+                folders.remove(path.name)
+            elif path.is_symlink():
                 logger.warning("%s: ignored, a link to a folder", printable(str(path)))
         for path in (Path(inside, name) for name in names):
             if is_image(path):
