@@ -15,7 +15,7 @@ import yaml
 from easydict import EasyDict
 
 from calibquant.errors import UserError, printable
-from calibquant.paths import expand
+from calibquant.paths import expand, is_file
 from calibquant.solver.config import KEYS, check_config, load_config, lookup, plain
 from calibquant.solver.imagenet_util import (
     Sample,
@@ -208,7 +208,7 @@ def find_sets(given: Sequence[str], data: EasyDict) -> dict[str, ImageSet]:
     root = expand(data.path)
     if not given:
         return {data.calibration: find_set(root / expand(data.calibration), root / "train", "--config")}
-    short = [Path(one).stem if Path(one).is_file() else Path(one).absolute().name for one in given]
+    short = [Path(one).stem if is_file(Path(one)) else Path(one).absolute().name for one in given]
     names = short if len(set(short)) == len(short) else unique(given, "--sets")
     sets = [find_set(Path(one), root / "train", "--sets") for one in given]
     return dict(zip(names, sets, strict=True))

@@ -1,4 +1,4 @@
-"""Paths as a config may write them."""
+"""Paths as a config or a command line may write them."""
 
 import os
 import re
@@ -20,3 +20,8 @@ def expand(path: str) -> Path:
         return Path(os.path.expandvars(path)).expanduser()
     except RuntimeError as error:  # ~ of a user who has no home
         raise UserError(f"path {path}: {error}") from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; unlike Path.is_file, false for names too long or out of reach."""
+    return os.path.isfile(path)  # noqa: PTH113

@@ -293,6 +293,7 @@ MISTAKES = {
     "--seeds: 1 stands twice": ["--variants", "ours", "--seeds", "1", "1"],
     "data.input_size must be the same for all": ["--variants", "a,data.input_size=8"],
     "nowhere: No such file": ["--variants", "ours", "--sets", "nowhere"],
+    "xxx: File name too long": ["--variants", "ours", "--sets", "x" * 300],
     "config no.yaml: cannot be read": ["--variants", "qdrop=no.yaml"],
     "other.json: is no file that select_calibration.py": [
         *["--variants", "ours", "--sets", "list0.txt", "--scores", "other.json"]

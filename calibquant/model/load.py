@@ -1,6 +1,5 @@
 """Float networks by name, and their weights from a file or from torchvision."""
 
-import os
 import pickle
 import warnings
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from calibquant.errors import UserError, printable
 from calibquant.model.archive import check_zip, is_plain_tensor, is_zip
 from calibquant.model.resnet import ARCHITECTURES, ResNet
-from calibquant.paths import expand
+from calibquant.paths import expand, is_file
 
 
 def build_model(type: str, kwargs: dict[str, Any]) -> ResNet:
@@ -68,7 +67,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file cannot be read, holds more than tensors, or is no state dict.
     """
-    if not os.path.isfile(path):  # noqa: PTH113 - unlike Path's, false for a name that is too long
+    if not is_file(path):
         raise UserError(f"model.path {path}: no such file")
     content = safe_load(path, "model.path")
     for wrapper in ("state_dict", "model"):

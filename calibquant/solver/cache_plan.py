@@ -125,15 +125,15 @@ def choose_store(
         logger.warning("%s are free on the GPU: activations stay in host memory", _size(have.device))
     if need.caches + (0 if on_gpu else need.step) <= SPARE * have.host:
         return Store(cpu, dtype, pinned=on_gpu)
-    copies = 1 if count == len(images) else 2  # as the store lays them out, and with their views
-    staying = copies * count * images[0].nbytes + (0 if on_gpu else need.step)
     which = f"{count} images (quant.calibrate x views, of quant.recon.views and match_views)"
-    if need.caches <= SPARE * have.disk and staying > SPARE * have.host:
-        raise UserError(
-            f"{which} need about {_size(staying)} of host memory themselves, wherever activations are; "
-            f"free are {_size(have.host)}; lower one of these"
-        )
     if need.caches <= SPARE * have.disk:
+        copies = 1 if count == len(images) else 2  # as the store lays them out, and with their views
+        staying = copies * count * images[0].nbytes + (0 if on_gpu else need.step)
+        if staying > SPARE * have.host:
+            raise UserError(
+                f"{which} need about {_size(staying)} of host memory themselves, wherever activations are; "
+                f"free are {_size(have.host)}; lower one of these"
+            )
         logger.warning(
             "%s are free in host memory: activations go to files in %s, which is slower",
             _size(have.host),

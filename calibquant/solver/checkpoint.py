@@ -8,7 +8,6 @@ against the network that its config describes, before anything is allocated. A c
 import hashlib
 import json
 import logging
-import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from calibquant.model.archive import check_content, check_pickles, check_zip, is
 from calibquant.model.load import safe_load
 from calibquant.model.quant_layer import QuantLayer, layers
 from calibquant.model.quant_resnet import QuantResNet
+from calibquant.paths import is_file
 from calibquant.quantization.affine import PER_TENSOR, quant_bounds
 from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
 from calibquant.quantization.packing import pack_bits, unpack_bits
@@ -142,9 +142,9 @@ def find_checkpoint(name: str, config: EasyDict, root: Path = MODEL_ROOT) -> Pat
         UserError: there is no such file in either place.
     """
     given, inside = Path(name), root / config_name(config) / name
-    if os.path.isfile(given):  # noqa: PTH113 - unlike Path's, false for a name that is too long
+    if is_file(given):
         return given
-    if given.name == name and os.path.isfile(inside):  # noqa: PTH113
+    if given.name == name and is_file(inside):
         return inside
     raise UserError(f"--quantized_model_path {name}: no such file, neither as a path nor as {inside}")
 

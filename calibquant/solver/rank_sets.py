@@ -1,6 +1,5 @@
 """What ``select_calibration.py --score`` does: find sets, run their images, rank the sets, show a table."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from calibquant.errors import UserError, printable
 from calibquant.model.quant_layer import calibrate_weights
+from calibquant.paths import is_file
 from calibquant.solver.calibration_score import float_reference, ranges_cost, statistics_distances
 from calibquant.solver.image_reader import Reader, as_they_are
 from calibquant.solver.imagenet_util import content_hash, list_samples, subfolders
@@ -67,13 +67,13 @@ def find_set(given: Path, train: Path, option: str = "--score") -> ImageSet:
         UserError: it is missing or empty, or a line names no file or one a second time.
     """
     what = f"{option}: calibration folder"
-    if not os.path.isfile(given):  # noqa: PTH113 - unlike Path's, false for a name that is too long
+    if not is_file(given):
         classes = [folder.name for folder in subfolders(given, what)]
         paths = [path for path, _ in list_samples(given, classes, what)]
         return ImageSet(str(given), paths, [str(path.relative_to(given)) for path in paths])
     names = sorted(_read_lines(given, option), key=lambda name: Path(name).parts)  # as a folder's are
     for before, name in zip([None, *names], names, strict=False):
-        if name == before or not os.path.isfile(train / name):  # noqa: PTH113
+        if name == before or not is_file(train / name):
             reason = "listed twice" if name == before else f"no file in {train}"
             raise UserError(f"{option} {given}: {printable(name, 200)} is {reason}")
     return ImageSet(str(given), [train / name for name in names], names)

@@ -23,6 +23,7 @@ from easydict import EasyDict
 
 from calibquant.errors import UserError
 from calibquant.model.quant_resnet import QuantResNet
+from calibquant.paths import is_file
 from calibquant.report.record import (
     HISTOGRAM_IMAGES,
     ActivationCounts,
@@ -41,7 +42,7 @@ logger = logging.getLogger("calibquant")
 
 def main() -> None:
     args = parse_arguments()
-    folders = [Path(run).parent if Path(run).is_file() else Path(run) for run in args.runs]
+    folders = [Path(run).parent if is_file(Path(run)) else Path(run) for run in args.runs]
     if len(folders) == 1:
         print(make_report(folders[0], args.output))
     else:

@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # run as a file: the package is two folders up
 from easydict import EasyDict
 
 from calibquant.errors import UserError
-from calibquant.paths import expand
+from calibquant.paths import expand, is_file
 from calibquant.solver.config import load_config
 from calibquant.solver.files import require_writable, write_json
 from calibquant.solver.rank_sets import SCORES, as_json, find_set, rank_sets, table
@@ -175,7 +175,7 @@ def _check_place(folder: Path, train: Path) -> None:
         raise UserError(f"{folder}: exists already; remove it, or give another folder with --out")
     if folder.is_relative_to(train):
         raise UserError(f"--out {folder}: allowed is a folder outside of the train folder")
-    if os.path.isfile(folder.parent):  # noqa: PTH113 - unlike Path's, false for what cannot be looked at
+    if is_file(folder.parent):
         raise UserError(f"--out {folder}: cannot be written: Not a directory")
     require_writable(folder.parent)
 
