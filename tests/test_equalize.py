@@ -19,7 +19,7 @@ from calibquant.quantization.state import (
     watching,
 )
 from calibquant.solver import equalize as module
-from calibquant.solver.equalize import EqualizeSettings, equalize, shift_to_floors, stages
+from calibquant.solver.equalize import EqualizeSettings, Task, equalize, shift_to_floors, stages
 from calibquant.solver.learn import plain_steps, reconstruction_loss
 from calibquant.solver.pipeline import calibrate, quantize_model, recon_settings
 from calibquant.solver.recon import reconstruct
@@ -267,6 +267,32 @@ def test_a_channel_that_nobody_reads_leaves_the_levels_to_the_others():
     shrunk = float((writer.weight[1:] / before).flatten().median())  # by which step sizes compare
     assert wide > 5 * narrow
     assert float(quantizer.scale) / shrunk < 0.6 * wide
+
+
+@BOTH_BLOCKS
+def test_each_stage_learns_from_what_the_stages_before_it_have_become(bottleneck, monkeypatch):
+    model, tasks = uneven(bottleneck), []
+
+    def spy(*parts) -> Task:
+        tasks.append(Task(*parts))
+        return tasks[-1]
+
+    monkeypatch.setattr(module, "Task", spy)
+    found = equalized(model)
+    assert sum(after < before for _, before, after in found) > 2  # most have been scaled
+    x, rows = images(), None
+    with full_precision(model), torch.no_grad():
+        for stage, task in zip(stages(model), tasks, strict=True):
+            rows = order_of(task.inputs, x) if rows is None else rows
+            given, rtol = x[rows].to(task.inputs.dtype), 1e-2
+            torch.testing.assert_close(task.inputs, given, rtol=rtol, atol=rtol * float(given.abs().max()))
+            for part in stage.parts:
+                x = part(x)
+
+
+def order_of(some: torch.Tensor, all_: torch.Tensor) -> torch.Tensor:
+    """Where in a batch the images of another stand."""
+    return torch.stack([(all_ - one).abs().flatten(1).sum(1).argmin() for one in some])
 
 
 def test_what_does_not_help_changes_nothing():

@@ -175,6 +175,7 @@ def equalize(
                 after = task.error(learned)
                 if after < before:
                     settle(here, learned)
+                    output = run_batched(own, [x], batch_size, device, store)  # what is read now
                 results.append((stage.name, before, min(before, after)))
         x = output
     return results
