@@ -22,6 +22,11 @@ def expand(path: str) -> Path:
         raise UserError(f"path {path}: {error}") from error
 
 
+def is_dir(path: Path) -> bool:
+    """Whether there is such a folder; unlike Path.is_dir, false for names too long or out of reach."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def is_file(path: Path) -> bool:
     """Whether there is such a file; unlike Path.is_file, false for names too long or out of reach."""
     return os.path.isfile(path)  # noqa: PTH113

@@ -55,7 +55,7 @@ def unit(name: str, **changes: Any) -> dict[str, Any]:
         "error_after": 1.25,
         "seconds": 3.0,
         "unconverged": 0.02,
-        "rounded_away": 0.11,
+        "moved": 0.11,
         "reverted": False,
         "trace": trace,
         "peak_memory_gib": 0.5,

@@ -21,7 +21,7 @@ from calibquant.report.run_data import read_run
 from calibquant.solver import report
 from calibquant.solver.imagenet_util import Calibration
 from calibquant.solver.report import make_comparison, make_report, recorded_for_report, write_report
-from tests.runs import NASTY, activation, metrics, require_self_contained, unit, write_run
+from tests.runs import NASTY, Parts, activation, metrics, require_self_contained, unit, write_run
 from tests.small import calibrated_model, random_float_model, small_config, some_wnids, write_images
 from tests.test_end_to_end import ROOT, only, script, write_config
 
@@ -79,9 +79,40 @@ def test_a_report_is_made_again_from_the_run_alone(real: Path) -> None:
 def test_the_result_of_a_repository_run_of_an_older_version_is_shown(tmp_path: Path) -> None:
     old = json.loads((ROOT / "benchmarks/results/rs50_msra_w4a4_qdrop.json").read_text())
     parts = require_self_contained(run_page(read_run(write_run(tmp_path, old))))
-    top1, size = old["quantized"]["top1"], old["checkpoint_mb"]
+    top1, size, moved = old["quantized"]["top1"], old["checkpoint_mb"], old["units"][0]["rounded_away"]
+    assert f"{100 * moved:.2f} %" in parts.text
     assert f"{top1:.2f} %" in parts.text and f"{size:.2f} MB" in parts.text and "layer4.2" in parts.text
     assert "recorded no activations" in parts.text and "kept no pictures" in parts.text
+
+
+SOFT = {"quant": {"recon": {"iters": 80, "warm_up": 0.2, "b_range": [20, 2]}}}
+STRAIGHT = {"quant": {"recon": {**SOFT["quant"]["recon"], "round_mode": "straight_through"}}}
+
+
+def test_curves_tell_of_a_regulariser_only_where_there_is_one(tmp_path: Path) -> None:
+    flat = [{"step": s, "reconstruction": 2 - s / 80, "rounding": 0.0} for s in range(0, 80, 4)]
+    one = metrics([unit("stem", trace=flat)])
+    for config, tells in ((SOFT, True), (STRAIGHT, False)):
+        run = read_run(write_run(tmp_path, one | {"config": config}))
+        assert ("regulariser" in Parts(run_page(run)).text) == tells
+        assert ("warm-up" in Parts(run_page(run)).text) == tells
+        assert ("var(--shade)" in plots.loss_panel(run.units[0], run)) == tells
+
+
+def test_a_killed_runs_ranges_are_shown_as_calibrated(tmp_path: Path) -> None:
+    extra = {"images": 8, "activations": [activation("stem", learned=None)]}
+    run = read_run(write_run(tmp_path, metrics([unit("stem")]), extra))
+    assert "1 % clipped as calibrated" in Parts(run_page(run)).text
+    dashed = plots.activation_panel(run.activations[0])
+    assert "stroke-dasharray" in dashed and "var(--after)" not in dashed
+
+
+@pytest.mark.parametrize("damaged", ["", "[1]", '{"images"'])
+def test_a_damaged_record_of_activations_costs_only_what_it_holds(tmp_path: Path, damaged: str) -> None:
+    folder = write_run(tmp_path, metrics([unit("stem")]))
+    (folder / "report.json").write_text(damaged)
+    text = Parts(make_report(folder).read_text()).text
+    assert "Activations and pictures are missing: " in text and "68.25 %" in text and "stem" in text
 
 
 ODD: dict[str, tuple[dict[str, Any], str]] = {
@@ -107,7 +138,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no error": (metrics([unit("a", error_before=0.0, error_after=0.0)]), "no number to show"),
     "huge": (metrics([unit("a", error_before=1e308, error_after=5e-324, seconds=1e300)]), "1e+308"),
-    "reverted": (metrics([unit("a"), unit("b", reverted=True)]), "no better, kept as before: b."),
+    "reverted": (metrics([unit("a"), unit("b", reverted=True)]), "no better, kept as before learning: b."),
     "continued": (
         metrics([unit("a", seconds=700.0)], seconds={"reconstruct": 9.0}),
         "The run was continued",
@@ -237,6 +268,19 @@ def test_what_cannot_be_written_or_read_is_one_line(
     assert "cannot be written" in lines[0] and "cannot be read" in lines[1]
 
 
+def test_an_interrupt_of_the_report_alone_does_not_say_that_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stop(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "make_report", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(tmp_path)
+    (line,) = refusals(caplog)
+    assert "the run itself is complete" in line and f"calibquant.solver.report {tmp_path}" in line
+
+
 def test_a_recording_that_fails_is_one_line_and_the_reconstruction_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -279,8 +323,42 @@ def test_runs_are_compared_by_results_units_and_what_differs(
     for words in ("68.25 %", "55.50 %", "layer9.9", "quant.w_qconfig.bit", "-14.50", "-1.75"):
         assert words in parts.text
     assert "quant.a_qconfig.bit" not in parts.text and parts.count("svg") == 3
+    assert "Errors compare" in parts.text
     many = make_comparison([first] * 12, str(tmp_path / "many.html")).read_text()
     assert "The first 8 runs are shown" in many and "the same in all runs" in many
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"config": {"quant": {"equalize": {"iters": 100}}}}, "quant.equalize.iters"),
+        ({"config": {"data": {"sharpness": [0.5, 4]}}}, "data.sharpness"),
+        ({"config": {"data": {"batch_size": 3}}}, ""),
+        ({"calibration": {"count": 12, "sha256": "cd" * 32}}, "the calibration images"),
+    ],
+)
+def test_errors_that_are_measured_by_other_things_are_not_compared(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    runs = [metrics([unit("stem")], config={}), metrics([unit("stem")], config={}) | change]
+    folders = [write_run(tmp_path / str(number), run) for number, run in enumerate(runs)]
+    parts = Parts(make_comparison(folders, str(tmp_path / "compare.html")).read_text())
+    assert ("Errors are not shown" in parts.text) == bool(named)
+    assert f"differs between the runs ({named})." in parts.text or not named
+    assert parts.count("svg") == (2 if named else 3)  # top-1, after / before, and errors
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "page", "."])
+def test_a_page_takes_no_other_files_place(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path, metrics([unit("a")]))
+    before = (run / "metrics.json").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["report", str(run), "--output", str(run / name)])
+    with pytest.raises(SystemExit) as stopped:
+        report.run_script(report.main)
+    assert stopped.value.code == 2 and "ends in .html" in only(capsys.readouterr().err.splitlines())
+    assert (run / "metrics.json").read_bytes() == before and len([*run.iterdir()]) == 1
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]", "{", "[" * 100_000, '{"a": ' + "9" * 5000 + "}"])

@@ -83,6 +83,18 @@ def test_the_whole_networks_cost_is_that_of_calibrated_ranges():
     assert cost.kl == pytest.approx(kl, rel=1e-3) and cost.agreement == pytest.approx(agreement)
 
 
+def test_the_whole_networks_cost_at_bits_that_no_sweep_has_tried_is_the_same():
+    config = small(quant__w_qconfig__bit=3)
+    probe, other = probe_of(config), probe_of(config)
+    everywhere = dict.fromkeys(probe.names, Bits(3, 4))
+    for _ in probe.sweep([Bits(2), Bits(3)]):
+        pass
+    for _ in other.sweep([Bits(3, 4)]):
+        pass
+    weights = probe.network_cost(dict.fromkeys(probe.names, Bits(3)))
+    assert probe.network_cost(everywhere) == other.network_cost(everywhere) != weights
+
+
 def test_images_to_measure_may_be_others_than_those_to_calibrate_and_have_labels():
     config = small()
     other = IMAGES.flip(0) * 1.5
@@ -218,6 +230,24 @@ def test_the_script_ranks_plots_and_writes_a_config_that_runs(place, monkeypatch
     average = sum(np.prod(layer["shape"]) * layer["bits"] for layer in content) / weights
     assert average == pytest.approx(metrics["budget"]["bits_per_weight"])
     run(monkeypatch, test_imagenet.main, "--config", path, "--quantized_model_path", saved.name)
+
+
+def test_a_budget_of_weights_alone_tells_what_the_config_that_is_written_costs(place, monkeypatch, caplog):
+    monkeypatch.chdir(place)
+    config = str(write_config(place, quant__w_qconfig__bit=3, quant__a_qconfig__bit=2, **QUICK))
+    options = ["--plot", "none", "--images", "4", "--budget", "8", "--bits"]
+    found = []
+    for bits in ("w3", "w3a2"):  # a single choice of weights' bits, so that both choose the same
+        run(monkeypatch, sensitivity.main, "--config", config, *options, bits)
+        path = max((place / "train_log/sensitivity/resnet18_imagenet_w3_a2").iterdir(), key=creation)
+        metrics = json.loads((path / "metrics.json").read_text())
+        found.append((metrics["budget"]["cost"], load_config(path / "mixed.yaml").quant.overrides))
+    assert found[0] == found[1]
+    assert "(of weights alone, activations then at 2 bits, sum" in caplog.text
+
+
+def creation(folder: Path) -> int:
+    return (folder / "metrics.json").stat().st_mtime_ns
 
 
 @pytest.mark.parametrize(

@@ -87,28 +87,53 @@ def unit_errors(runs: list[Run]) -> str:
     ]
     few = f"The first {len(shown)} runs are shown. " if len(shown) < len(runs) else ""
     entries = [("dot", colour, label) for colour, label in zip(SERIES, labels(shown), strict=False)]
-    words = f"{few}Errors compare only between runs of one float network on one calibration set."
+    apart = measured_apart(shown)
+    words = (
+        f"Errors are not shown: what they are measured by differs between the runs ({', '.join(apart)})."
+        if apart
+        else "Errors compare: they are of one float network on the same images."
+    )
     charts = [
-        figure("Error after reconstruction", "logarithmic", plots.series_chart, names, after, True),
         figure(
             "Error after / before",
-            "the smaller, the more was learned",
+            "the smaller, the more was gained",
             plots.series_chart,
             names,
             gain,
             False,
         ),
     ]
-    return f"<h2>Units</h2>\n<p>{words}</p>\n{keys(*entries)}{grid(charts)}"
+    if not apart:
+        errors = figure("Error after reconstruction", "logarithmic", plots.series_chart, names, after, True)
+        charts.insert(0, errors)
+    return f"<h2>Units</h2>\n<p>{few}{escape(words)}</p>\n{keys(*entries)}{grid(charts)}"
+
+
+MEASURE = ("model.", "data.input_size", "data.test_resize", "data.mean", "data.std", "data.augment")
+MEASURE += ("data.sharpness", "quant.equalize.", "quant.recon.compensate", "quant.recon.held_out")
+"""Beginnings of settings on which a unit's error depends also where its output stays as near to the float
+network's: they scale channels, choose or change images, or give the classifier another target."""
+
+
+def measured_apart(runs: list[Run]) -> list[str]:
+    """What differs between runs, so that their units' errors cannot be held against each other."""
+    paths = [path for path, values in differing(runs) if path.startswith(MEASURE)]
+    hashes = {str(run.calibration.get("sha256")) for run in runs}
+    return [*(["the calibration images"] if len(hashes) > 1 else []), *paths]
 
 
 def differences(runs: list[Run]) -> str:
     """Settings and versions that are not the same in all runs."""
-    known = [dict(run.settings) | {f"version {k}": v for k, v in run.versions} for run in runs]
-    paths = list(dict.fromkeys(path for settings in known for path in settings))
-    rows = [[path, *(settings.get(path, MISSING) for settings in known)] for path in paths]
-    differing = [row for row in rows if len(set(row[1:])) > 1]
+    rows = [[path, *values] for path, values in differing(runs)]
     title = "<h2>What differs</h2>\n"
-    if not differing:
+    if not rows:
         return title + f"<p>{escape('Config and versions are the same in all runs.')}</p>\n"
-    return title + table(["", *labels(runs)], differing)
+    return title + table(["", *labels(runs)], rows)
+
+
+def differing(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """Settings and versions that are not the same in all runs, with each run's value."""
+    known = [dict(run.settings) | {f"version {k}": v for k, v in run.versions} for run in runs]
+    paths = dict.fromkeys(path for settings in known for path in settings)
+    found = [(path, [settings.get(path, MISSING) for settings in known]) for path in paths]
+    return [(path, values) for path, values in found if len(set(values)) > 1]

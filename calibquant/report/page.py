@@ -71,7 +71,8 @@ def notes(run: Run) -> str:
         found.append("This run did not finish, or its result was not scored.")
     reverted = [unit.name for unit in run.units if unit.reverted]
     if reverted:
-        found.append(f"Learning made these units no better, kept as before: {', '.join(reverted)}.")
+        words = ", ".join(reverted)
+        found.append(f"Learning made these units no better, kept as before learning: {words}.")
     strange = [unit.name for unit in run.units if not math.isfinite(unit.after)]
     if strange:
         found.append(f"The error of these units is no finite number: {', '.join(strange)}.")
@@ -84,6 +85,8 @@ def notes(run: Run) -> str:
             f"The run was continued: its units took {duration(together)} together, the last start "
             f"{duration(stage)}. The memory of units finished before is that of running them again."
         )
+    if run.damage:
+        found.append(f"Activations and pictures are missing: {run.damage}.")
     skipped = run.calibration.get("skipped")
     if isinstance(skipped, int) and skipped > 0:
         found.append(f"Unreadable calibration images that were skipped: {skipped:,}.")
@@ -121,8 +124,8 @@ def units(run: Run) -> str:
     memory = [([unit.memory for unit in rows], "after", 0.0)]
     errors = [("ring", "before", "ranges only, nearest rounding"), ("dot", "after", "reconstructed")]
     if any(unit.reverted for unit in rows):
-        errors.append(("dot", "warn", "reverted, kept as before"))
-    shares = keys(("dot", "after", "rounded away from nearest"), ("dot", "before", "unconverged"))
+        errors.append(("dot", "warn", "reverted, kept as before learning"))
+    shares = keys(("dot", "after", "moved by learning"), ("dot", "before", "unconverged"))
     charts = [
         figure("Error before and after", "logarithmic", plots.error_chart, rows, legend=keys(*errors)),
         figure(
@@ -131,10 +134,13 @@ def units(run: Run) -> str:
         figure("Time", "seconds", plots.bar_rows, names, seconds, "{:g}"),
         figure("Peak memory so far", "GiB, when the unit was done", plots.bar_rows, names, memory, "{:g}"),
     ]
+    began = "that compensation chose" if run.compensated else "nearest to it"
     words = (
         "In the order of reconstruction. A unit's error is the squared difference of its output to the "
         "float network's on the calibration images that it learned from, summed over channels and averaged "
         "over the rest. "
+        + ("The classifier's is to that of one fitted to its inputs. " if run.compensated else "")
+        + f"Moved: learning left the weight at another grid point than the one {began}. "
         "Unconverged: the rounding was not decided by the last step, and settled afterwards."
     )
     numbers = folded("The same in numbers", unit_table(rows))
@@ -143,7 +149,7 @@ def units(run: Run) -> str:
 
 def change(before: float, after: float) -> str:
     """By how much an error changed, in percent."""
-    return decimal(100 * (after / before - 1) if before else math.nan, "{:+.1f}", " %")
+    return decimal(plots.percent_change(before, after), "{:+.1f}", " %")
 
 
 def unit_table(units: list[UnitRow]) -> str:
@@ -154,7 +160,7 @@ def unit_table(units: list[UnitRow]) -> str:
         "after",
         "change",
         *(["change, held out"] if held_out else []),
-        "rounded away",
+        "moved",
         "unconverged",
         "seconds",
         "memory, GiB",
@@ -167,7 +173,7 @@ def unit_table(units: list[UnitRow]) -> str:
             decimal(unit.after),
             change(unit.before, unit.after),
             *([change(unit.held_out_before, unit.held_out_after)] if held_out else []),
-            percent(100 * unit.rounded_away),
+            percent(100 * unit.moved),
             percent(100 * unit.unconverged),
             decimal(unit.seconds, "{:.1f}"),
             decimal(unit.memory, "{:.2f}"),
@@ -183,12 +189,12 @@ def losses(run: Run) -> str:
     title = "<h2>Loss curves</h2>\n"
     if not curves:
         return title + missing("No step was made, so there are no curves.")
-    exponent = " to ".join(f"{value:g}" for value in run.b_range)
-    legend = keys(
-        ("rule", "after", "reconstruction loss of a batch (left axis)"),
-        ("dot", "before", f"rounding regulariser, exponent b from {exponent} (right axis)"),
-        ("box", "shade", "warm-up: the regulariser does not act"),
-    )
+    entries = [("rule", "after", "reconstruction loss of a batch (left axis)")]
+    if run.soft:
+        exponent = " to ".join(f"{value:g}" for value in run.b_range)
+        entries.append(("dot", "before", f"rounding regulariser, exponent b from {exponent} (right axis)"))
+        entries.append(("box", "shade", "warm-up: the regulariser does not act"))
+    legend = keys(*entries)
     panels = "".join(figure(unit.name, loss_words(unit), plots.loss_panel, unit, run) for unit in curves)
     return title + legend + panel_grid(panels, len(curves), "curves")
 
@@ -231,7 +237,7 @@ def activation_words(activation: ActivationRow) -> str:
     if activation.elements > 0:
         words.append(f"{100 * activation.zeros / activation.elements:.0f} % zeros")
     if last is not None and math.isfinite(last.clipped):
-        words.append(f"{100 * last.clipped:.2g} % clipped")
+        words.append(f"{100 * last.clipped:.2g} % clipped{'' if activation.learned else ' as calibrated'}")
     if activation.channels > 1:
         words.append(f"{activation.channels} channels, widest range")
     return ", ".join(words)

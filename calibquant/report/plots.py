@@ -123,8 +123,13 @@ def error_chart(units: Sequence[UnitRow]) -> str:
 
 def change_words(before: float, after: float) -> str:
     """How much smaller an error is, in whole percent; empty where that is no number."""
-    change = 100 * (after / before - 1) if before and math.isfinite(before) else math.nan
+    change = percent_change(before, after)
     return f"{round(change):+d} %" if math.isfinite(change) else ""
+
+
+def percent_change(before: float, after: float) -> float:
+    """By how much an error changed, in percent; NaN where that is no number."""
+    return 100 * (after / before - 1) if before and math.isfinite(before) else math.nan
 
 
 def drawable(value: float) -> bool:
@@ -139,8 +144,8 @@ def dots(axes: Axes, points: Sequence[tuple[float, float]], marker: str, style: 
 
 
 def shares_chart(units: Sequence[UnitRow]) -> str:
-    """Weights rounded away from nearest and unconverged ones, in percent of each unit's weights."""
-    kinds = [([100 * unit.rounded_away for unit in units], "after", -0.17)]
+    """Weights that learning moved and unconverged ones, in percent of each unit's weights."""
+    kinds = [([100 * unit.moved for unit in units], "after", -0.17)]
     kinds.append(([100 * unit.unconverged for unit in units], "before", 0.17))
     return bar_rows([unit.name for unit in units], kinds, "{:g} %")
 
@@ -180,7 +185,7 @@ def loss_panel(unit: UnitRow, run: Run) -> str:
         axes.plot(steps, losses, color=CODES["after"], lw=1.6, marker="o" if len(steps) == 1 else "")
         axes.set_ylim(*around(losses))
         axes.set_xlim(0, last)
-        if math.isfinite(run.warm_up) and 0 < run.warm_up <= 1:
+        if run.soft and math.isfinite(run.warm_up) and 0 < run.warm_up <= 1:
             axes.axvspan(0, run.warm_up * last, color=CODES["shade"], lw=0, zorder=0)
         for side, colour in ((axes, "after"), (right, "before")):
             side.yaxis.set_major_locator(MaxNLocator(4, steps=ROUND))
@@ -223,10 +228,10 @@ def activation_panel(activation: ActivationRow) -> str:
     with canvas(*PANEL, 54, 20, 10, 6) as (axes, svg):
         axes.set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
         draw_histogram(axes, activation, total)
-        if ranges:
-            draw_grid(axes, ranges[-1], activation)
-        if len(ranges) == 2:
-            lines = [(x, 0, x, 1) for x in (ranges[0].low, ranges[0].high)]
+        if activation.learned:
+            draw_grid(axes, activation.learned, activation)
+        if activation.calibrated:
+            lines = [(x, 0, x, 1) for x in (activation.calibrated.low, activation.calibrated.high)]
             strokes(axes, lines, "before", lw=1.4, ls=(0, (4, 2)), transform=axes.get_xaxis_transform())
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
         axes.xaxis.set_major_formatter(lambda value, _: brief(value))

@@ -45,7 +45,7 @@ class UnitRow:
     held_out_before: float
     held_out_after: float
     seconds: float
-    rounded_away: float
+    moved: float
     unconverged: float
     memory: float
     reverted: bool
@@ -79,7 +79,13 @@ class ActivationRow:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that is known of a run; see :func:`read_run`."""
+    """Everything that is known of a run; see :func:`read_run`.
+
+    Attributes:
+        compensated: learning began at the grid points that compensation chose.
+        soft: roundings were learned under a regulariser, as in AdaRound.
+        damage: why its `report.json` could not be read, empty where it could or there is none.
+    """
 
     name: str
     network: str
@@ -91,6 +97,8 @@ class Run:
     seconds: dict[str, float]
     memory: dict[str, float]
     units: list[UnitRow]
+    compensated: bool
+    soft: bool
     iters: float
     warm_up: float
     b_range: list[float]
@@ -100,16 +108,22 @@ class Run:
     calibration: dict[str, Any]
     settings: list[tuple[str, str]]
     versions: list[tuple[str, str]]
+    damage: str
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run's `metrics.json`, and `report.json` if it is there.
+    """Read a run's `metrics.json`, and `report.json` if it is there and whole.
 
     Raises:
         UserError: there is no `metrics.json`, or it holds no mapping.
     """
     metrics = read_mapping(folder / "metrics.json")
-    extra = read_mapping(folder / "report.json") if (folder / "report.json").exists() else {}
+    extra, damage = {}, ""
+    if (folder / "report.json").exists():
+        try:
+            extra = read_mapping(folder / "report.json")
+        except UserError as error:
+            damage = printable(str(error), 300)
     config, recon = mapping(metrics, "config"), mapping(metrics, "config", "quant", "recon")
     command = metrics.get("command")
     words = command if isinstance(command, list) else [command]
@@ -124,6 +138,8 @@ def read_run(folder: Path) -> Run:
         seconds={printable(k, 40): number(v) for k, v in [*mapping(metrics, "seconds").items()][:40]},
         memory={key: number(metrics.get(key)) for key in ("peak_memory_gib", "peak_host_memory_gib")},
         units=[unit_row(entry) for entry in mappings(metrics.get("units"))],
+        compensated=recon.get("compensate") is True,
+        soft=recon.get("round_mode", "learned_hard_sigmoid") == "learned_hard_sigmoid",
         iters=number(recon.get("iters")),
         warm_up=number(recon.get("warm_up")),
         b_range=numbers(recon.get("b_range"), 2),
@@ -133,6 +149,7 @@ def read_run(folder: Path) -> Run:
         calibration=mapping(metrics, "calibration"),
         settings=[*flat(config)][:MAX_SETTINGS],
         versions=[*flat(mapping(metrics, "versions"))][:MAX_SETTINGS],
+        damage=damage,
     )
 
 
@@ -202,7 +219,7 @@ def unit_row(entry: dict[str, Any]) -> UnitRow:
         held_out_before=number(entry.get("held_out_before")),
         held_out_after=number(entry.get("held_out_after")),
         seconds=number(entry.get("seconds")),
-        rounded_away=number(entry.get("rounded_away")),
+        moved=number(entry.get("moved", entry.get("rounded_away"))),  # as it was called before
         unconverged=number(entry.get("unconverged")),
         memory=number(entry.get("peak_memory_gib")),
         reverted=entry.get("reverted") is True,

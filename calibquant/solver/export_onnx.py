@@ -18,6 +18,7 @@ from easydict import EasyDict
 import calibquant
 from calibquant.errors import UserError
 from calibquant.model.quant_resnet import QuantResNet
+from calibquant.paths import is_dir
 from calibquant.solver.checkpoint import find_checkpoint, load_checkpoint, require_agreement
 from calibquant.solver.config import load_config, plain
 from calibquant.solver.files import write_bytes
@@ -52,7 +53,7 @@ def require_onnx_name(what: str, path: Path) -> None:
     Raises:
         UserError: the name does not end in ``.onnx``, or is a folder's.
     """
-    if path.suffix != ".onnx" or path.is_dir():
+    if path.suffix != ".onnx" or is_dir(path):
         raise UserError(f"{what} {path}: allowed is the name of a file that ends in .onnx")
 
 

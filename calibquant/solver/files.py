@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from calibquant.errors import UserError
+from calibquant.paths import is_dir, is_file
 
 PICTURES = ("png", "svg")
 """Formats of pictures that are written."""
@@ -25,8 +26,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], overwrite: b
         False where the file existed and ``overwrite`` is false.
 
     Raises:
-        UserError: the file cannot be written (folder read-only, a file in a folder's place, disk full).
+        UserError: the file cannot be written (folder read-only, a file in a folder's place, disk full), or
+            what has its name is no file, such as a device or a pipe.
     """
+    if os.path.exists(path) and not (is_file(path) or is_dir(path)):  # noqa: PTH110, as paths.is_file says
+        raise UserError(f"{path}: cannot be written: it exists and is not a regular file")
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -408,8 +408,11 @@ def validation_loader(config: EasyDict, samples: list[Sample] | None = None) -> 
     return make_loader(samples, evaluation_transform(config.data), config)
 
 
-def load_calibration(config: EasyDict) -> Calibration:
+def load_calibration(config: EasyDict, asked_by: str = "quant.calibrate") -> Calibration:
     """Read `quant.calibrate` images of the calibration folder into memory; labels are not used.
+
+    Args:
+        asked_by: what a user calls that number.
 
     Raises:
         UserError: folder missing or empty, a class folder that is no class, or an unreadable image
@@ -423,9 +426,10 @@ def load_calibration(config: EasyDict) -> Calibration:
         samples = [samples[index] for index in drawn(len(samples), wanted, config.process.seed)]
     elif wanted > len(samples):
         logger.warning(
-            "calibration folder %s holds %d images, fewer than quant.calibrate, %d: all are used",
+            "calibration folder %s holds %d images, fewer than %s, %d: all are used",
             folder,
             len(samples),
+            asked_by,
             wanted,
         )
     images, unreadable = [], []

@@ -24,12 +24,9 @@ def main() -> None:
         args = peers.from_first(lambda: parse_arguments(__doc__))
         config = peers.from_first(lambda: load_config(args.config))
         require_equal_shares(config, peers.size)
-        with (
-            team_state(args.config, args.fresh, peers) as state,
-            team_run(config, peers) as run,
-            interruptible(),
-        ):
-            quantize(config, peers.device(args.device), run, state, peers)
+        with team_state(args.config, args.fresh, peers) as state, team_run(config, peers) as run:
+            with interruptible():
+                quantize(config, peers.device(args.device), run, state, peers)
             if peers.leads:
                 write_report(run.folder)
 

@@ -170,11 +170,22 @@ class Probe:
     def network_cost(self, assignment: Mapping[str, Bits]) -> Cost:
         """What the whole network costs with each unit at the bits given for its name.
 
-        A sweep must have tried these bits. Nothing is reconstructed: calibrated ranges alone give this.
+        Nothing is reconstructed: calibrated ranges alone give this. Ranges that no sweep has found yet are
+        found, from float inputs as a sweep does.
+
+        Raises:
+            UserError: weights or activations hold NaN or infinity.
         """
         settings: dict[FakeQuantize, int] = {}
-        for unit in self.units:
-            settings |= self.settings(unit, assignment[unit.name])
+        parts = [(unit, self.settings(unit, assignment[unit.name])) for unit in self.units]
+        new = any((q, bits) not in self.ranges for _, part in parts for q, bits in part.items())
+        calibration = self.calibration
+        for unit, part in parts:
+            settings |= part
+            if new:
+                self._find_ranges(unit, part, calibration)
+                with full_precision(unit.module):
+                    calibration = [run_units([unit], batch) for batch in calibration]
         return self._cost(settings, self.units, self.measured)
 
     def _cost(

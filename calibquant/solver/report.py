@@ -42,6 +42,8 @@ logger = logging.getLogger("calibquant")
 
 def main() -> None:
     args = parse_arguments()
+    if args.output is not None and not args.output.endswith(".html"):
+        raise UserError(f"--output {args.output}: allowed is the name of a file that ends in .html")
     folders = [Path(run).parent if is_file(Path(run)) else Path(run) for run in args.runs]
     if len(folders) == 1:
         print(make_report(folders[0], args.output))
@@ -96,11 +98,13 @@ def write_report(folder: Path) -> None:
     try:
         logger.info("report: %s", make_report(folder))
     except Exception as error:  # nothing about a picture is worth a run
-        logger.warning(
-            "report: could not be made: %s; python -m calibquant.solver.report %s tries again",
-            one_line(error)[:300] or type(error).__name__,
-            folder,
-        )
+        logger.warning(_AGAIN, one_line(error)[:300] or type(error).__name__, folder)
+    except KeyboardInterrupt:
+        logger.warning(_AGAIN, "interrupted, the run itself is complete", folder)
+        raise
+
+
+_AGAIN = "report: could not be made: %s; python -m calibquant.solver.report %s tries again"
 
 
 @contextmanager
@@ -123,6 +127,7 @@ def recorded_for_report(
     except Exception as error:
         logger.warning("report: activations and pictures could not be kept: %s", one_line(error)[:300])
         counts = []
+    del calibration  # many images, which nobody may need while units learn
     yield
     if counts:
         try:

@@ -116,7 +116,7 @@ def make_probe(config: EasyDict, plan: Plan, device: torch.device, run: RunLog) 
     special = dict(model.special_bits(quant_spec(config)))
     few = copy.deepcopy(config)
     few.quant.calibrate = plan.images
-    calibration = load_calibration(few)
+    calibration = load_calibration(few, "--images")
     run.record(calibration=calibration.manifest())
     size = config.data.batch_size
     images = list(calibration.images.to(device).split(size))
@@ -176,13 +176,18 @@ def keep_budget(
     chosen = best_assignment(measurements, plan.budget)
     average = sum(m.weight_bits for m in chosen) / sum(m.weights for m in chosen)
     predicted = sum(m.cost.kl for m in chosen)
+    usual = Bits(config.quant.w_qconfig.bit, config.quant.a_qconfig.bit)
     assignment = {m.unit: m.bits for m in chosen}
-    cost = probe.network_cost(assignment)
+    whole = {name: Bits(b.weight, b.activation or usual.activation) for name, b in assignment.items()}
+    cost = probe.network_cost(whole)
+    alone = (
+        "" if whole == assignment else f"of weights alone, activations then at {usual.activation} bits, "
+    )
     words = (
-        f"{average:.3f} bits per weight (budget {plan.budget:g}), KL {cost.kl:.4f} (sum {predicted:.4f})"
+        f"{average:.3f} bits per weight (budget {plan.budget:g}), KL {cost.kl:.4f} ({alone}"
+        f"sum {predicted:.4f})"
     )
     logger.info("chosen: %s, same class %.2f %%", words, cost.agreement)
-    usual = Bits(config.quant.w_qconfig.bit, config.quant.a_qconfig.bit)
     overrides = assignment_overrides(probe, assignment, usual)
     for override in overrides:
         logger.info("  %s", override)
