@@ -166,10 +166,10 @@ def _edit(path, change):
 def test_a_file_that_is_not_what_it_claims_is_refused_quickly(tmp_path, change):
     _, _, path = saved(tmp_path)
     _edit(path, change)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(UserError, match="quantized model"):
         load_checkpoint(path)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_another_format_version_is_named(tmp_path):
@@ -201,10 +201,12 @@ def test_a_config_that_contradicts_the_file_is_an_error_that_names_the_key(tmp_p
     require_agreement(small_config(quant__recon__iters=1, data__batch_size=3), saved_config, tmp_path)
 
 
-def test_a_config_that_reads_images_otherwise_than_the_file_is_named(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("mean", [0.5, 0.5, 0.5]), ("std", [0.5, 0.5, 0.5]), ("input_size", 12), ("test_resize", 20)],
+)
+def test_a_config_that_reads_images_otherwise_than_the_file_is_named(tmp_path, caplog, key, value):
     saved = small_config()
-    require_agreement(small_config(data__mean=[0.5, 0.5, 0.5]), saved, tmp_path / "file.pth")
+    require_agreement(small_config(**{f"data__{key}": value}), saved, tmp_path / "file.pth")
     (line,) = caplog.messages
-    assert (
-        line.startswith("data.mean is [0.5, 0.5, 0.5], quantized model ") and str(saved.data.mean) in line
-    )
+    assert line.startswith(f"data.{key} is {value}, quantized model ") and str(saved.data[key]) in line

@@ -49,7 +49,7 @@ STRUCTURE = (
     "quant.overrides",
 )
 """Config keys that say what the saved network is; a config that contradicts them is refused."""
-INPUT = ("data.mean", "data.std", "data.input_size")
+INPUT = ("data.mean", "data.std", "data.input_size", "data.test_resize")
 """Config keys that say how images reach it; a config with others is warned of."""
 
 

@@ -21,9 +21,9 @@ logger = logging.getLogger("calibquant")
 
 
 def as_they_are(config: EasyDict) -> EasyDict:
-    """The config with images at their own sharpness: for judging images, which chance must not change."""
+    """The config with images as they are scored: for judging images, which chance must not change."""
     config = copy.deepcopy(config)
-    config.data.sharpness = [1, 1]
+    config.data.sharpness, config.data.augment = [1, 1], "none"
     return config
 
 
