@@ -56,12 +56,9 @@ logger = logging.getLogger("calibquant")
 def main() -> None:
     args = parse_arguments()
     config = load_config(args.config)
-    with (
-        run_state(args.config, args.fresh) as state,
-        start_run("train_log", config) as run,
-        interruptible(),
-    ):
-        quantize(config, choose_device(args.device), run, state)
+    with run_state(args.config, args.fresh) as state, start_run("train_log", config) as run:
+        with interruptible():
+            quantize(config, choose_device(args.device), run, state)
         write_report(run.folder)
 
 
@@ -114,9 +111,11 @@ def quantize(
         peers.match(quantized)
     score("range_only", "ranges only", quantized)
 
-    recorded = recorded_for_report(run.folder, quantized, calibration, config)
-    with recorded if peers.leads else nullcontext(), run.stage("reconstruct"):
-        reconstruct_and_report(quantized, calibration.share(peers), config, run, state, peers)
+    leads = peers.leads
+    recorded = recorded_for_report(run.folder, quantized, calibration, config) if leads else nullcontext()
+    with recorded, run.stage("reconstruct"):
+        calibration = calibration.share(peers)  # from here on no process holds the others' images
+        reconstruct_and_report(quantized, calibration, config, run, state, peers)
 
     def save() -> Path:
         path = save_checkpoint(quantized, config, story(config, calibration, peers))
@@ -151,18 +150,18 @@ def reconstruct_and_report(
     results = []
     for result in reconstruct(model, images, settings, seed, progress, state, store, engine, peers):
         logger.info(
-            "unit %-12s error %.5g -> %.5g, %.1f s, %.2f %% rounded away, %.2f %% unconverged",
+            "unit %-12s error %.5g -> %.5g, %.1f s, %.2f %% moved, %.2f %% unconverged",
             result.name,
             result.error_before,
             result.error_after,
             result.seconds,
-            100 * result.rounded_away,
+            100 * result.moved,
             100 * result.unconverged,
         )
         if result.held_out_before is not None:
             logger.info("  on images held out %.5g -> %.5g", result.held_out_before, result.held_out_after)
         if result.reverted:
-            logger.warning("unit %s: learning made it no better, kept as it was before", result.name)
+            logger.warning("unit %s: learning made it no better, kept as before learning", result.name)
         results.append(asdict(result) | peak_memory())
         run.record(units=results)
 
