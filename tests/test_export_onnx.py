@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+import calibquant
 from calibquant.errors import UserError
 from calibquant.model.quant_layer import harden
 from calibquant.solver import export_onnx
@@ -63,6 +64,7 @@ def test_the_file_says_what_its_input_and_its_outputs_mean(saved, tmp_path, monk
     assert json.loads(said["input.size"]) == json.loads(said["input.resize_shorter_side"]) == 16
     classes = json.loads(said["classes"])
     assert len(classes) == 1000 and classes[0] == "n01440764"
+    assert said["calibquant"] == calibquant.__version__
     assert said["network"] == "resnet18" and json.loads(said["quant"])["w_qconfig"]["bit"] == 4
     assert json.loads(said["made_with"]) == {"seed": 1005}
     assert str(folder) not in out.read_bytes().decode("latin-1"), "a machine's path"

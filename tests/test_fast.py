@@ -58,6 +58,13 @@ def assert_same_road(plain, fast_results, tolerance=1e-3):
 @pytest.mark.parametrize(
     ("arch", "width", "places", "quantizer", "round_mode"),
     [
+        (
+            "resnet18",
+            -4,
+            [0],
+            "LSQFakeQuantize",
+            "learned_hard_sigmoid",
+        ),  # the usual stem, with its pooling
         # the stem, blocks without and with a projection
         ("resnet18", 4, [0, 1, 3], "LSQFakeQuantize", "learned_hard_sigmoid"),
         ("resnet18", 4, [9], "LSQFakeQuantize", "learned_hard_sigmoid"),  # the classifier
@@ -67,16 +74,19 @@ def assert_same_road(plain, fast_results, tolerance=1e-3):
     ],
 )
 def test_compiled_steps_follow_the_plain_ones_on_every_type_of_unit(
-    tmp_path, arch, width, places, quantizer, round_mode
+    tmp_path, caplog, arch, width, places, quantizer, round_mode
 ):
     changes = {
         "model__type": arch,
-        "model__kwargs__base_width": width,
+        "model__kwargs__base_width": abs(width),
+        "model__kwargs__small_images": width > 0,
         "quant__a_qconfig__quantizer": quantizer,
         "quant__recon__round_mode": round_mode,
     }
     model, plain = run(Engine(), **changes)
-    compiled_model, compiled = run(ChosenUnits(places), **changes)
+    engine = ChosenUnits(places)
+    compiled_model, compiled = run(engine, **changes)
+    assert engine.compiles and "uncompiled" not in caplog.text
     assert_same_road(plain[: places[-1] + 1], compiled[: places[-1] + 1])
     pairs = zip(layers(model)[:4], layers(compiled_model)[:4], strict=True)
     same = [a.weight_quantizer.codes == b.weight_quantizer.codes for (_, a), (_, b) in pairs]
@@ -230,6 +240,7 @@ def test_bfloat16_steps_lower_the_error_where_the_machine_has_them(monkeypatch):
     _, narrow = run(Engine(), quant__recon__precision="bf16")
     _, wide = run(Engine())
     for a, b in zip(narrow, wide, strict=True):
+        assert [p.reconstruction for p in a.trace] != [p.reconstruction for p in b.trace]  # it is narrow
         assert a.error_after <= a.error_before
         assert a.error_after == pytest.approx(b.error_after, rel=0.3), a.name
 

@@ -109,8 +109,10 @@ def unit_errors(runs: list[Run]) -> str:
     return f"<h2>Units</h2>\n<p>{few}{escape(words)}</p>\n{keys(*entries)}{grid(charts)}"
 
 
-MEASURE = ("model.", "data.input_size", "data.test_resize", "data.mean", "data.std", "data.augment")
-MEASURE += ("data.sharpness", "quant.equalize.", "quant.recon.compensate", "quant.recon.held_out")
+MEASURE = (
+    *("model.", "data.input_size", "data.test_resize", "data.mean", "data.std", "data.augment"),
+    *("data.sharpness", "quant.equalize.", "quant.recon.compensate", "quant.recon.held_out"),
+)
 """Beginnings of settings on which a unit's error depends also where its output stays as near to the float
 network's: they scale channels, choose or change images, or give the classifier another target."""
 
