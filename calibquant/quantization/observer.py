@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from calibquant.quantization.affine import PER_TENSOR
+from calibquant.quantization.affine import PER_TENSOR, as_stored
 from calibquant.quantization.range_search import (
     Grid,
     Samples,
@@ -21,9 +21,9 @@ from calibquant.quantization.range_search import (
 
 
 def as_rows(x: Tensor, ch_axis: int) -> Tensor:
-    """View ``x`` as ``[rows, n]``: one row per tensor, or one per index of ``ch_axis``."""
+    """View ``x`` as ``[rows, n]``, in any order: one row per tensor, or one per index of ``ch_axis``."""
     if ch_axis == PER_TENSOR:
-        return x.reshape(1, -1)
+        return (x if x.is_contiguous() else as_stored(x)).reshape(1, -1)
     return x.movedim(ch_axis, 0).reshape(x.shape[ch_axis], -1)
 
 
@@ -49,7 +49,9 @@ class Histogram:
         for row, values in enumerate(rows):
             bins = (values * per_bin[row]).floor_().to(torch.int32).add_(half)
             self.counts[row] += torch.bincount(bins.clamp_(0, self.bins - 1), minlength=self.bins)
-            self.counts[row, half] -= (values == 0).sum()
+            self.counts[row, half] -= (values == 0).sum(
+                dtype=torch.int32
+            )  # in int64 it takes twice as long
 
     def _double(self, which: Tensor) -> None:
         """Merge neighbouring bins of the given rows: exact, since bin 2k and 2k+1 become bin k."""
@@ -122,7 +124,10 @@ class Observer(ABC):
 
 
 def _finite_range(rows: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = torch.aminmax(rows, dim=1)
+    if len(rows) == 1:  # which takes a tenth of the time of the same by rows
+        low, high = (end.view(1) for end in torch.aminmax(rows))
+    else:
+        low, high = torch.aminmax(rows, dim=1)
     if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
         raise ValueError("a tensor to be quantized holds NaN or infinity")
     return low, high
