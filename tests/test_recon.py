@@ -7,13 +7,16 @@ import torch
 
 from calibquant.errors import UserError
 from calibquant.model.quant_layer import harden, layers
+from calibquant.quantization.drop import Draws
 from calibquant.quantization.fake_quant import AdaRoundFakeQuantize, FixedFakeQuantize, IntegerWeight
 from calibquant.quantization.state import full_precision, quantizers
 from calibquant.solver.caches import Activations
 from calibquant.solver.learn import (
+    Engine,
     ReconSettings,
     batch_order,
     cosine,
+    mixed_input,
     reconstruction_loss,
     regularizer_exponent,
 )
@@ -121,7 +124,7 @@ def test_zero_steps_or_nearest_rounding_with_fixed_steps_change_only_the_represe
     results = list(reconstruct(model, IMAGES, recon_settings(nearest), seed=1))
     with torch.no_grad():
         assert torch.equal(model(IMAGES), before)
-    assert all(r.rounded_away == 0 and r.error_after == pytest.approx(r.error_before) for r in results)
+    assert all(r.moved == 0 and r.error_after == pytest.approx(r.error_before) for r in results)
 
 
 def test_convergence_and_flips_are_reported():
@@ -129,10 +132,77 @@ def test_convergence_and_flips_are_reported():
     _, long = run(quant__recon__iters=150, quant__recon__weight=1.0, quant__recon__round_lr=0.1)
     assert all(r.unconverged > 0.5 for r in short)
     assert all(r.unconverged < 0.1 for r in long)
-    assert any(r.rounded_away > 0 for r in short + long)
+    assert any(r.moved > 0 for r in short + long)
     assert long[0].trace[0].step == 0 and long[0].trace[-1].step == 149
     assert long[0].trace[0].rounding == 0  # warming up
     assert max(point.rounding for point in long[0].trace) > 0
+
+
+class Recording(Engine):
+    """Keeps each step's learning rates, by group of parameters."""
+
+    def optimizer(self, groups, device):
+        self.groups = groups
+        self.rates = [[] for _ in groups]
+        return super().optimizer(groups, device)
+
+    def step(self, step, generator):
+        def recorded() -> None:
+            step()
+            for rates, group in zip(self.rates, self.groups, strict=True):
+                rates.append(float(group["lr"]))
+
+        return recorded
+
+
+@pytest.mark.parametrize("mode", ["learned_hard_sigmoid", "straight_through"])
+def test_rates_fall_along_a_cosine_but_for_soft_roundings_and_go_with_the_root_of_the_fan_in(mode):
+    rates = {"round_lr": 0.01, "scale_lr": 4e-4, "weight_scale_lr": 1e-3}
+    config = small_config(
+        **{f"quant__recon__{k}": v for k, v in rates.items()}, quant__recon__round_mode=mode
+    )
+    model, engine = calibrated_model(config, IMAGES), Recording()
+    width = float(model.stem.conv1.weight_quantizer.scale.mean())
+    next(reconstruct(model, IMAGES, recon_settings(config), seed=7, engine=engine))  # the stem: 27 inputs
+    falling = [(1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
+    steps, soft = [4e-4 * f for f in falling], [0.01] * 6
+    straight = [0.01 * math.sqrt(27 / 1024) * f for f in falling]
+    rounding = [soft, steps] if mode == "learned_hard_sigmoid" else [steps, straight]
+    expected = [*rounding, [1e-3 * width * f for f in falling]]
+    for found, wanted in zip(engine.rates, expected, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_learning_at_most_doubles_or_halves_the_step_sizes_of_weights():
+    """At a rate at which those of channels with small weights would end below zero."""
+    config = small_config(quant__recon__weight_scale_lr=1.0, quant__recon__iters=20)
+    model = calibrated_model(config, IMAGES)
+    before = {name: layer.weight_quantizer.scale.clone() for name, layer in layers(model)}
+    list(reconstruct(model, IMAGES, recon_settings(config), seed=7))
+    ratios = [layer.weight_quantizer.scale / before[name] for name, layer in layers(model)]
+    every = torch.cat([ratio.flatten() for ratio in ratios])
+    assert 0.499 < float(every.min()) < 0.6 and 1.7 < float(every.max()) < 2.001
+
+
+def test_of_a_units_inputs_as_many_elements_are_quantized_as_the_config_says():
+    quantized, full = torch.ones(8, 3, 40, 40), torch.zeros(8, 3, 40, 40)
+    draws = Draws([quantized], 0.25, torch.Generator().manual_seed(0))
+    draws.refill()
+    mixed = mixed_input(quantized, full, torch.arange(8), draws.drops[0])
+    assert float(mixed.mean()) == pytest.approx(0.25, abs=0.01)
+
+
+def test_only_what_learning_moved_counts_as_moved_not_what_compensation_or_step_sizes_do():
+    """With a rate of 0 no weight leaves its grid point, wherever that is and however wide its step."""
+    _, still = run(
+        quant__recon__compensate=True,
+        quant__recon__round_mode="straight_through",
+        quant__recon__round_lr=0.0,
+        quant__recon__weight_scale_lr=2e-2,
+        quant__recon__iters=20,
+    )
+    assert all(r.moved == 0 for r in still)
+    assert any(r.error_after < r.error_start < r.error_before for r in still)  # both did act
 
 
 def test_soft_rounding_at_the_start_reproduces_the_float_weight_inside_the_range():

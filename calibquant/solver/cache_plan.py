@@ -14,7 +14,7 @@ from calibquant.model.quant_resnet import QuantResNet
 from calibquant.quantization.state import quantizer_inputs
 from calibquant.solver.augment import rows_of
 from calibquant.solver.caches import CACHE_TYPES, FileStore, Store, live_names
-from calibquant.solver.compensate import number_of_images
+from calibquant.solver.compensate import number_of_rows
 from calibquant.solver.learn import ReconSettings
 from calibquant.solver.memory import return_freed_memory
 
@@ -71,7 +71,7 @@ def estimate(model: QuantResNet, image: Tensor, count: int, settings: ReconSetti
         over = unit.writes in unit.reads and out.shape == here[unit.writes].shape and index > 0
         carried = count * (sum(stored.values()) + target + (0 if over else target))
         if settings.compensate:  # inputs, and what stands between a unit's layers, of both networks
-            seen = number_of_images(count, out[0, 0].numel())
+            seen = number_of_rows(count, out[0, 0].numel())
             carried += seen * 2 * size * (elements + out.numel())
         caches = max(caches, carried)
         here[unit.writes], stored[unit.writes] = out, 2 * target

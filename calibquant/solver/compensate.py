@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calibquant.model.quant_layer import QuantConv2d, QuantLayer, layers
-from calibquant.model.quant_resnet import ResidualJoin, Unit, layer_units
+from calibquant.model.quant_resnet import QuantClassifier, ResidualJoin, Unit, layer_units
 from calibquant.quantization.compensation import (
     Moments,
     WeightGrid,
@@ -26,7 +26,7 @@ from calibquant.quantization.compensation import (
 )
 from calibquant.quantization.fake_quant import FakeQuantize
 from calibquant.quantization.rounding import Rounding
-from calibquant.quantization.state import full_precision, watching
+from calibquant.quantization.state import full_precision
 from calibquant.solver.caches import Store, UnitData, run_batched
 from calibquant.solver.peers import Peers
 
@@ -35,8 +35,8 @@ SAMPLES = 16
 IMAGES, PLACES = 256, 2**16
 """Images that are looked at, or more where all of their outputs have fewer places than these."""
 HELD_OUT = 4
-"""One batch of so many is kept back, to choose the damping by."""
-DAMPINGS = (10.0, 1.0, 0.1, 0.01)
+"""One image of so many is kept back, with all its views, to choose damping and passes by."""
+DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 """Dampings that are tried, in this order, until one serves the images held out worse."""
 PASSES = 4
 """Passes over a layer's weights at most, that improve step sizes and grid points in turn."""
@@ -47,12 +47,14 @@ class Given:
     """What a layer is given for a batch: its inputs in both networks, and what is lost beside it.
 
     Attributes:
+        held_out: these images are kept back.
         lost: by how much the shortcut to which the layer's output is added falls short of the float one,
             shaped as that output; None where nothing is added.
     """
 
     full: Tensor
     quantized: Tensor
+    held_out: bool = False
     lost: Tensor | None = None
 
 
@@ -60,6 +62,7 @@ class Given:
 def compensate(
     unit: Unit,
     data: UnitData,
+    images: int,
     batch: int,
     drop_prob: float,
     kind: type[Rounding],
@@ -71,7 +74,8 @@ def compensate(
     Each layer's inputs are those that come through the quantized layers before it.
 
     Args:
-        batch: images run at once.
+        images: how many the data's rows show: all in one view, then all in the next.
+        batch: rows run at once.
         drop_prob: chance that an input stays quantized, as while learning (QDrop). What is fitted to
             noise alone shrinks: at 1 the network's logits come out too small.
         kind: of the rounding that is learned afterwards, which says where weights wait for it.
@@ -79,7 +83,8 @@ def compensate(
         peers: processes whose moments are averaged.
     """
     device = generator.device
-    rows = some_images(data.target, generator).to(data.target.device)
+    learned, held_out = some_rows(data.target, images, generator)
+    rows = torch.cat([learned, held_out]).to(data.target.device)
     store = Store(data.target.device, data.target.dtype)
     full = {name: x[rows] for name, x in zip(unit.reads, data.full, strict=True)}
     quantized = {name: x[rows] for name, x in zip(unit.reads, data.quantized, strict=True)}
@@ -87,8 +92,8 @@ def compensate(
     for part in parts:
         here, there = ([flow[name] for name in part.reads] for flow in (full, quantized))
         ((_, layer),) = layers(part.module)
-        each = math.ceil(SAMPLES * layer.weight[0].numel() * batch / len(rows))
-        given = layer_inputs(part, layer, here, there, batch, device)
+        each = SAMPLES * layer.weight[0].numel() / len(rows)
+        given = layer_inputs(part, here, there, len(learned), batch, device)
         sums = layer_sums(layer, given, each, drop_prob, generator)
         peers.average([x for some in sums for x in vars(some).values()])
         if part is not parts[-1]:  # while its weight is still the float network's
@@ -100,39 +105,50 @@ def compensate(
             quantized[part.writes] = run_batched(part.module, there, batch, device, store)
 
 
-def some_images(target: Tensor, generator: torch.Generator) -> Tensor:
-    """Row indices of the images that are looked at: all of them, or enough drawn at random."""
-    count = number_of_images(len(target), target[0, 0].numel())
-    return torch.randperm(len(target), generator=generator, device=generator.device)[:count]
+def some_rows(target: Tensor, images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Row indices of what is looked at, all or enough at random: to learn from, and held out.
+
+    No image has views in both. Further views are taken only where the images themselves are not enough.
+
+    Args:
+        target: of a unit's output, ``[N, C, ...]``, views of an image ``images`` rows apart.
+    """
+    count = number_of_rows(len(target), target[0, 0].numel())
+    order = torch.randperm(images, generator=generator, device=generator.device)
+    views = torch.arange(0, len(target), images, device=order.device)[:, None]
+    back = images // HELD_OUT
+    held_out = (views + order[:back]).flatten()[: count // HELD_OUT]
+    return (views + order[back:]).flatten()[: count - len(held_out)], held_out
 
 
-def number_of_images(count: int, places: int) -> int:
-    """How many of ``count`` images are looked at, with so many places in a unit's output."""
+def number_of_rows(count: int, places: int) -> int:
+    """How many of ``count`` rows are looked at, with so many places in a unit's output."""
     return min(count, max(IMAGES, PLACES // places))
 
 
 def layer_inputs(
     part: Unit,
-    layer: QuantLayer,
     full: list[Tensor],
     quantized: list[Tensor],
+    learned: int,
     batch: int,
     device: torch.device,
 ) -> Iterator[Given]:
-    """What a part's layer is given in both networks, batch by batch."""
-    seen: list[Tensor] = []
-    with watching({layer: seen.append}), full_precision(part.module):
-        for start in range(0, len(full[0]), batch):
-            both = [
-                [x[start : start + batch].to(device, torch.float32) for x in inputs]
-                for inputs in (full, quantized)
-            ]
-            for inputs in both:
-                part.module(*inputs)
-            joins = isinstance(part.module, ResidualJoin)
-            a, b = seen
-            seen.clear()
-            yield Given(a, b, both[0][1] - both[1][1] if joins else None)
+    """What the layer of a part is given in both networks, batch by batch.
+
+    Args:
+        learned: rows of the part's inputs that are learned from, which come first.
+    """
+    read = part.module.pool if isinstance(part.module, QuantClassifier) else nn.Identity()
+    joins = isinstance(part.module, ResidualJoin)
+    for first, last in ((0, learned), (learned, len(full[0]))):
+        for start in range(first, last, batch):
+            rows = slice(start, min(start + batch, last))
+            here, there = (
+                [x[rows].to(device, torch.float32) for x in inputs] for inputs in (full, quantized)
+            )
+            lost = here[1] - there[1] if joins else None
+            yield Given(read(here[0]), read(there[0]), first > 0, lost)
 
 
 @dataclass(frozen=True)
@@ -148,6 +164,7 @@ class LayerSums:
         lacking: of ``y - W b``, ``[g, O, 1]``.
         quantized: of ``b`` where all is quantized, ``[g, K, 1]``.
         wanted: of ``y`` there, without the layer's bias, ``[g, O, 1]``.
+        places: how many they are, ``[]``.
     """
 
     second: Tensor
@@ -156,6 +173,16 @@ class LayerSums:
     lacking: Tensor
     quantized: Tensor
     wanted: Tensor
+    places: Tensor
+
+    def with_those_of(self, other: "LayerSums") -> "LayerSums":
+        """The averages over both's places."""
+        places = self.places + other.places
+        share = self.places / places
+        *mine, _ = vars(self).values()
+        *theirs, _ = vars(other).values()
+        mixed = (y + share * (x - y) for x, y in zip(mine, theirs, strict=True))
+        return LayerSums(*[*mixed, places])
 
     def moments(self) -> Moments:
         """Central moments: a layer's bias takes care of the means."""
@@ -165,7 +192,7 @@ class LayerSums:
 
 
 def layer_sums(
-    layer: QuantLayer, given: Iterable[Given], each: int, drop_prob: float, generator: torch.Generator
+    layer: QuantLayer, given: Iterable[Given], each: float, drop_prob: float, generator: torch.Generator
 ) -> tuple[LayerSums, LayerSums]:
     """What a layer is given and should give, averaged over places drawn at random.
 
@@ -174,19 +201,20 @@ def layer_sums(
 
     Args:
         given: batches of its inputs, as :func:`layer_inputs` gives them.
-        each: places drawn of each batch.
+        each: places drawn of each image, on average.
 
     Returns:
-        That of most batches, and that of the batches held out; of few batches both times the same.
+        That of what is learned from, and that of what is held out; if nothing is, both times the same.
     """
     groups = groups_of(layer)
     weight = by_group(layer.weight, groups)
     sums: list[list[Tensor]] = [[], []]
     counts = [0, 0]
-    for number, one in enumerate(given):
+    for one in given:
         read = [windows(layer, x) for x in (one.full, one.quantized)]
         shape = read[0].shape[:-3]
-        drawn = torch.randperm(shape.numel(), generator=generator, device=generator.device)[:each]
+        drawn = torch.randperm(shape.numel(), generator=generator, device=generator.device)
+        drawn = drawn[: math.ceil(each * len(one.full))]
         at = torch.unravel_index(drawn, shape)
         a, quantized = (x[at].reshape(len(drawn), groups, -1).permute(1, 2, 0) for x in read)
         stays = torch.rand(a.shape, generator=generator, device=a.device) < drop_prob
@@ -197,11 +225,15 @@ def layer_sums(
             wanted += total(lost)
             lacking += drop_prob * lost
         found = [b @ b.mT, lacking @ b.mT, total(b), total(lacking), total(quantized), wanted]
-        part = int(number % HELD_OUT == HELD_OUT - 1)
+        part = int(one.held_out)
         sums[part] = [x + y for x, y in zip(sums[part], found, strict=True)] if sums[part] else found
         counts[part] += len(drawn)
-    learned = LayerSums(*(x / counts[0] for x in sums[0]))
-    return learned, LayerSums(*(x / counts[1] for x in sums[1])) if counts[1] else learned
+    learned, *held_out = (
+        LayerSums(*[*(x / count for x in some), some[0].new_tensor(count)])
+        for some, count in zip(sums, counts, strict=True)
+        if count
+    )
+    return learned, held_out[0] if held_out else learned
 
 
 def total(x: Tensor) -> Tensor:
@@ -232,9 +264,10 @@ def windows(layer: QuantLayer, x: Tensor) -> Tensor:
 def compensate_layer(
     layer: QuantLayer, learned: LayerSums, held_out: LayerSums, kind: type[Rounding]
 ) -> None:
-    """Replace one layer's weight, its step sizes and its bias, by what serves the images held out best.
+    """Replace one layer's weight, its step sizes and its bias.
 
-    The weight stays where nearest rounding serves them better. The bias makes up for how far outputs are
+    How is chosen by what serves the images held out; the weight stays where nearest rounding serves them
+    better. It is then done once more, with these images, too. The bias makes up for how far outputs are
     off on average (bias correction, Nagel et al. 2019): pre-activations are mostly negative, so that what
     shrinks them, as every regression on noisy inputs does, lets more of them through a ReLU.
     """
@@ -244,7 +277,8 @@ def compensate_layer(
     weight = by_group(layer.weight, groups)
     scale, zero_point = (p.view(groups, -1, 1) if p.numel() > 1 else p for p in quantizer.hard_qparams())
     grid = WeightGrid(scale, zero_point, quantizer.quant_min, quantizer.quant_max)
-    found = compensated(weight, learned.moments(), held_out.moments(), grid)
+    every = learned.with_those_of(held_out)
+    found = compensated(weight, learned.moments(), held_out.moments(), every.moments(), grid)
     rounded = grid.steps(weight) * scale
     if found is not None:
         rounded = found.steps * found.grid.scale
@@ -252,7 +286,7 @@ def compensate_layer(
         waiting = kind.waiting(found.wanted, found.steps, *ends) * found.grid.scale
         layer.weight.copy_(waiting.view_as(layer.weight))
         quantizer.scale.data = found.grid.scale.reshape(quantizer.scale.shape)
-    layer.bias += (learned.wanted - rounded @ learned.quantized).flatten()
+    layer.bias += (every.wanted - rounded @ every.quantized).flatten()
 
 
 @dataclass(frozen=True)
@@ -269,11 +303,16 @@ class Rounded:
     steps: Tensor
 
 
-def compensated(weight: Tensor, moments: Moments, unseen: Moments, grid: WeightGrid) -> Rounded | None:
+def compensated(
+    weight: Tensor, moments: Moments, unseen: Moments, every: Moments, grid: WeightGrid
+) -> Rounded | None:
     """A weight rounded with the damping, and then improved as far, as serves the images held out best.
 
+    Args:
+        moments, unseen, every: of the images learned from, of those held out, and of both.
+
     Returns:
-        None where nearest rounding serves them better.
+        None where nearest rounding serves those held out better.
     """
 
     def error(grid: WeightGrid, steps: Tensor) -> float:
@@ -288,14 +327,24 @@ def compensated(weight: Tensor, moments: Moments, unseen: Moments, grid: WeightG
         least, best, chosen = now, found, damping
     if best is None or not least < error(grid, grid.steps(weight)):
         return None
-    problem = fitted(weight, moments, chosen)
+    problem, passes = fitted(weight, moments, chosen), 0
     assert problem is not None
-    improved = None
     for passed in islice(descent(*problem, grid, best[1]), PASSES):
         now = error(*passed)
         if not now < least:
             break
-        least, improved = now, passed
-    if improved is None:
-        return Rounded(grid, *best)
-    return Rounded(improved[0], wanted_steps(*problem, *improved), improved[1])
+        least, passes = now, passes + 1
+    return rounded_with(weight, every, chosen, passes, grid)
+
+
+def rounded_with(
+    weight: Tensor, moments: Moments, damping: float, passes: int, grid: WeightGrid
+) -> Rounded | None:
+    """A weight rounded with a damping, and improved by so many passes; None where that cannot be done."""
+    first, problem = compensated_steps(weight, moments, damping, grid), fitted(weight, moments, damping)
+    if first is None or problem is None:
+        return None
+    if not passes:
+        return Rounded(grid, *first)
+    *_, last = islice(descent(*problem, grid, first[1]), passes)
+    return Rounded(last[0], wanted_steps(*problem, *last), last[1])

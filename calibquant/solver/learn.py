@@ -31,6 +31,9 @@ FAN_IN = 1024
 For others it goes with the root of their number: the fewer they are, the more does one that moves change
 the output. In a real ResNet-50's layer1.0 (64 and 576 inputs) the rate that suits its layer3 does harm.
 """
+WIDEST = 2.0
+"""Factor, and its inverse, by which a weight's step size may change at most while it is learned. All of a
+layer move at one rate: without bounds a channel of small weights ends at a step size of zero."""
 TRACE_POINTS = 50
 """Losses kept for each unit's curve."""
 
@@ -149,8 +152,9 @@ def learn_unit(
     starts += [
         ([r.learned], settings.round_lr * math.sqrt(r.fan_in / FAN_IN)) for r in rounding if r.rate_falls
     ]
-    if settings.weight_scale_lr:
-        starts += [([q.scale], settings.weight_scale_lr * float(q.scale.mean())) for q in rounding_of]
+    widths = [q.scale for q in rounding_of] if settings.weight_scale_lr else []
+    starts += [([width], settings.weight_scale_lr * float(width.mean())) for width in widths]
+    bounded = [(width.detach(), width / WIDEST, width * WIDEST) for width in widths]
     learned = [*staying, *(parameter for some, _ in starts for parameter in some)]
     order = batch_order(len(data.target), settings.batch_size, settings.iters, generator)
     batches = batches_of(data, order, device)
@@ -180,6 +184,8 @@ def learn_unit(
         for group in falling:
             torch.mul(factor, group["initial_lr"], out=group["lr"])
         optimizer.step()
+        for width, least, most in bounded:
+            width.clamp_(least, most)
         trace.index_copy_(0, counter, torch.stack((error.detach(), penalty.detach()))[None])
         counter.add_(1)
 

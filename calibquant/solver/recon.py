@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from calibquant.model.quant_layer import harden, layers
 from calibquant.model.quant_resnet import QuantClassifier, QuantResNet, Unit
-from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
+from calibquant.quantization.fake_quant import IntegerWeight
 from calibquant.quantization.rounding import StraightThroughRounding
 from calibquant.quantization.state import calibrating, full_precision, quantizers
 from calibquant.solver.augment import Rows, arrange, rows_of
@@ -52,8 +52,8 @@ class UnitResult:
             Of a classifier that was matched to its inputs (`match.py`), against the matched one's.
         held_out_before, held_out_after: the same on the images held out, None where there are none.
         unconverged: share of weights whose soft rounding was not yet near 0 or 1 at the end.
-        rounded_away: share of weights that learning did not leave at the grid point nearest to where it
-            began.
+        moved: share of weights that learning took to another grid point than that at which it began,
+            which is the nearest, or compensation's choice.
         reverted: learning made the unit worse or diverged, so that it was kept as it was before.
     """
 
@@ -63,7 +63,7 @@ class UnitResult:
     error_after: float = math.nan
     seconds: float = 0.0
     unconverged: float = 0.0
-    rounded_away: float = 0.0
+    moved: float = 0.0
     reverted: bool = False
     held_out_before: float | None = None
     held_out_after: float | None = None
@@ -223,25 +223,27 @@ def reconstruct_unit(unit: Unit, data: UnitData, means: Means, generator: torch.
     if settings.compensate:
         kind = settings.rounding or StraightThroughRounding
         batch, drop_prob = settings.batch_size, settings.drop_prob
-        compensate(unit, learned, batch, drop_prob, kind, generator, means.peers)
+        images = means.rows.images
+        compensate(unit, learned, images, batch, drop_prob, kind, generator, means.peers)
         start = unit_errors(unit.module, data, means)
         if not start.deciding <= before.deciding:  # NaN is worse, too
             take_back(unit, kept)
             start = before
         kept = copy.deepcopy(unit.parts)  # what learning must not make worse
+    began = weight_codes(unit.module)
     result = UnitResult(unit.name, before.learned, start.learned)
     result.trace, result.unconverged = learn_unit(
         unit, learned, settings, generator, means.progress, means.engine, means.peers
     )
     after = Errors(math.inf, None)
     if learned_is_finite(unit.module):
-        result.rounded_away = rounded_away(unit.module)
+        result.moved = share_that_differs(began, weight_codes(unit.module))
         harden(unit.module)
         after = unit_errors(unit.module, data, means)
     if not after.deciding <= start.deciding:
         take_back(unit, kept)
         harden(unit.module)
-        after, result.rounded_away, result.reverted = start, 0.0, True
+        after, result.moved, result.reverted = start, 0.0, True
     result.error_after = after.learned
     result.held_out_before, result.held_out_after = before.held_out, after.held_out
     return result
@@ -298,13 +300,17 @@ def learned_is_finite(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def rounded_away(module: nn.Module) -> float:
-    """Share of a unit's weights whose integer is not the nearest one."""
-    moved = total = 0
+def weight_codes(module: nn.Module) -> list[Tensor]:
+    """The integers that the weights of a module's layers have got so far, from 0; one tensor a layer."""
+    found = []
     for _, layer in layers(module):
         quantizer = layer.weight_quantizer
         assert not isinstance(quantizer, IntegerWeight)
-        nearest = FakeQuantize.codes(quantizer, layer.weight)
-        moved += int((quantizer.codes(layer.weight) != nearest).sum())
-        total += layer.weight.numel()
-    return moved / total
+        found.append((quantizer.codes(layer.weight) - quantizer.quant_min).to(torch.uint8))
+    return found
+
+
+def share_that_differs(before: list[Tensor], after: list[Tensor]) -> float:
+    """Share of all elements that are not the same in both lists of tensors, which are of equal shapes."""
+    differing = sum(int((x != y).sum()) for x, y in zip(before, after, strict=True))
+    return differing / sum(x.numel() for x in before)
