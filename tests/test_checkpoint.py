@@ -191,8 +191,9 @@ def test_a_bare_name_is_found_in_the_configs_folder(tmp_path):
     ({"quant__w_qconfig__bit": 2}, "quant.w_qconfig.bit"),
     ({"quant__a_qconfig__bit": 8}, "quant.a_qconfig.bit"),
     ({"model__type": "resnet34"}, "model.type"),
-    ({"model__kwargs__base_width": 8}, "model.kwargs"),
+    ({"model__kwargs__base_width": 8}, r"model\.kwargs\.base_width 8, but .* has 4$"),
     ({"quant__ends_8bit": []}, "quant.ends_8bit"),
+    ({"quant__overrides": [{"match": "stem", "w_bit": 5}]}, r"overrides\[0\] {.*5.*}, but .* has None$"),
 ])  # fmt: skip
 def test_a_config_that_contradicts_the_file_is_an_error_that_names_the_key(tmp_path, changes, key):
     saved_config = small_config()

@@ -15,9 +15,11 @@ import torch
 
 from calibquant.errors import UserError
 from calibquant.model.quant_layer import harden
+from calibquant.solver import test
 from calibquant.solver.checkpoint import load_checkpoint, save_checkpoint
 from calibquant.solver.files import require_writable, write_atomically, write_json
 from calibquant.solver.run_log import start_run
+from calibquant.solver.script import run_script
 from tests.figures import record
 from tests.small import calibrated_model, random_float_model, small_config, some_wnids, write_images
 from tests.test_end_to_end import script, write_config
@@ -221,6 +223,56 @@ def test_figures() -> None:
         f"outputs that cannot be written: {SEEN['refused']} refused in one line with nothing lost; "
         f"{SEEN['runs at once']} runs at once ended with whole files and logs of their own"
     )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        ("> /dev/full", 2, b"error: an output cannot be written: [Errno 28] No space left on device\n"),
+        ("| true", 1, b""),
+        (">&-", 0, b""),
+        (">&- 2>&-", 0, b""),
+    ],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_goes_nowhere_is_no_traceback(redirected, code, said, unbuffered):
+    """Also where the output ends only when the interpreter does."""
+    body = "import time; time.sleep(0.3); print('a' * 9)"
+    program = f"from calibquant.solver.script import run_script; run_script(lambda: exec({body!r}))"
+    line = f'"$0" -c "$1" {redirected}; exit ${{PIPESTATUS[0]}}'
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        ["bash", "-c", line, sys.executable, program], env=environment, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_names_that_cannot_be_used_are_one_line(monkeypatch, capsys):
+    def fail() -> None:
+        Path("a" * 300).stat()
+
+    with pytest.raises(SystemExit) as stopped:
+        run_script(fail)
+    assert (
+        stopped.value.code == 2 and capsys.readouterr().err == f"error: {'a' * 300}: File name too long\n"
+    )
+
+
+def test_an_accuracy_is_told_before_anything_that_can_fail_is_written(data, monkeypatch, capsys):
+    """On a full disk the score of hours must not be lost."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = write_config(data)
+    monkeypatch.chdir(data)
+    monkeypatch.setattr("calibquant.solver.run_log.write_json", full)
+    monkeypatch.setattr(sys, "argv", ["test", "--config", str(config)])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(test.main)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and "No space left" in err and " * Acc@1 " in out
 
 
 def test_what_a_terminal_cannot_show_is_no_traceback():

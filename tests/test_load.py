@@ -1,5 +1,6 @@
 """Weights load from what people have on disk, and whatever else is on disk is refused in one line."""
 
+import argparse
 import os
 import pickle
 from collections import OrderedDict
@@ -64,6 +65,8 @@ def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
         prefixed,
         lambda s: {"state_dict": s, "epoch": 90, "best_acc1": 77.4},
         lambda s: {"model": s, "args": None},
+        lambda s: {"model_state_dict": s, "loss": 0.5},
+        lambda s: {key: v.half() if "num_batches" in key else v for key, v in s.items()},
         lambda s: {"state_dict": prefixed(s), "arch": "resnet18"},
         lambda s: {key: value for key, value in s.items() if "num_batches" not in key},
         lambda s: {key: torch.nn.Parameter(v) if v.is_floating_point() else v for key, v in s.items()},
@@ -230,6 +233,50 @@ def test_a_foreign_file_is_a_user_error(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UserError) as caught:
         read_state_dict(path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+class Running:
+    """Unpickled with trust, it makes a file."""
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path(os.environ["TORCH_HOME"], "ran"),))
+
+
+def cut(path: Path) -> None:
+    torch.save(SOURCE, path)
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        Path.touch,
+        lambda path: path.write_text("<html>Not found</html>"),
+        lambda path: torch.save([1], path),
+        lambda path: torch.save({"a": 1}, path),
+        lambda path: torch.save(Running(), path),
+        cut,
+    ],
+    ids=["empty", "a page", "a list", "no tensors", "code", "cut"],
+)
+def test_a_damaged_file_among_torchvisions_downloads_is_named_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url = torchvision.models.get_model_weights("resnet18")["IMAGENET1K_V1"].url
+    kept = tmp_path / "hub" / "checkpoints" / Path(url).name
+    kept.parent.mkdir(parents=True)
+    write(kept)
+    with pytest.raises(UserError, match=f"weights {kept}: cannot be read .*; remove it, and") as caught:
+        load_weights(tiny(1), "resnet18", None)
+    assert len(str(caught.value).splitlines()) == 1 and not (tmp_path / "ran").exists()
+
+
+def test_what_a_file_holds_beside_tensors_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"state_dict": SOURCE, "args": argparse.Namespace()}, path)
+    with pytest.raises(UserError, match=r"it holds argparse\.Namespace: save a state dict alone"):
+        load(path)
 
 
 def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Float networks by name, and their weights from a file or from torchvision."""
 
 import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from calibquant.errors import UserError, printable
 from calibquant.model.archive import check_zip, is_plain_tensor, is_zip
 from calibquant.model.resnet import ARCHITECTURES, ResNet
 from calibquant.paths import expand, is_file
+
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+"""Keys under which training scripts save a state dict."""
 
 
 def build_model(type: str, kwargs: dict[str, Any]) -> ResNet:
@@ -34,7 +38,8 @@ def load_weights(model: ResNet, type: str, path: str | None) -> None:
     else:
         state, name = read_state_dict(expand(path)), f"model.path {path}"
     own = model.state_dict()
-    counters = {key for key in own if key.endswith("num_batches_tracked")}
+    counters = {key for key in own if key.endswith("num_batches_tracked")}  # which no one needs
+    state = {key: value for key, value in state.items() if key not in counters}
     missing = sorted(own.keys() - state.keys() - counters)
     unexpected = sorted(state.keys() - own.keys())
     if missing or unexpected:
@@ -70,18 +75,28 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not is_file(path):
         raise UserError(f"model.path {path}: no such file")
     content = safe_load(path, "model.path")
-    for wrapper in ("state_dict", "model"):
+    for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"model.path {path}: holds no state dict, allowed is a mapping of names to tensors")
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise UserError(f"model.path {path}: {key!r:.60} is no named tensor")
+    require_named_tensors(content, f"model.path {path}")
     state = {key.removeprefix("module."): value for key, value in content.items()}
     if len(state) != len(content):
         raise UserError(f"model.path {path}: a name stands twice, with and without `module.`")
     return state
+
+
+def require_named_tensors(content: Any, name: str) -> None:
+    """Refuse what is no state dict.
+
+    Raises:
+        UserError: naming what is none.
+    """
+    allowed = f"allowed is a mapping of names to tensors, or one under {', '.join(WRAPPERS)}"
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{name}: holds no state dict, {allowed}")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise UserError(f"{name}: {key!r:.60} is no named tensor, {allowed}")
 
 
 def safe_load(path: Path, what: str, checked: bool = False) -> Any:
@@ -100,10 +115,14 @@ def safe_load(path: Path, what: str, checked: bool = False) -> Any:
             warnings.simplefilter("ignore")  # of old formats
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        held = re.search(r"GLOBAL (\S+)", str(error))
+        more = f"; it holds {printable(held[1], 80)}: save a state dict alone" if held else ""
         raise UserError(
             f"{what} {path}: refused: not a file of tensors alone "
-            "(truncated, foreign, or a pickle that would run code)"
+            f"(truncated, foreign, or a pickle that would run code){more}"
         ) from error
+    except OSError as error:
+        raise UserError(f"{what} {path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch's readers raise almost anything on foreign bytes
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
@@ -112,11 +131,20 @@ def safe_load(path: Path, what: str, checked: bool = False) -> Any:
 
 
 def _download(type: str) -> dict[str, Tensor]:
+    """Torchvision's weights, from its folder of downloads or the network; no code in them is run."""
     weights = torchvision.models.get_model_weights(type)["IMAGENET1K_V1"]
+    kept = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    there = is_file(kept)
     try:
-        state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        reason = printable(str(error))
+        state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        require_named_tensors(state, "what it holds")
+    except Exception as error:  # a damaged file raises almost anything
+        reason = printable(str(error), 300) or error.__class__.__name__
+        if there:
+            raise UserError(
+                f"model.path null: torchvision's weights {kept}: cannot be read ({reason}); "
+                "remove it, and it is downloaded again"
+            ) from error
         raise UserError(
             f"model.path null: torchvision's weights could not be downloaded ({reason}); "
             "give model.path a state dict on disk"

@@ -27,7 +27,15 @@ from calibquant.quantization.affine import PER_TENSOR, quant_bounds
 from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
 from calibquant.quantization.packing import pack_bits, unpack_bits
 from calibquant.quantization.state import quantizers
-from calibquant.solver.config import bits_name, check_config, config_name, lookup, plain, shown
+from calibquant.solver.config import (
+    bits_name,
+    check_config,
+    config_name,
+    first_difference,
+    lookup,
+    plain,
+    shown,
+)
 from calibquant.solver.files import write_atomically
 from calibquant.solver.pipeline import float_model_on_meta, quantize_model
 
@@ -272,8 +280,9 @@ def require_agreement(config: EasyDict, saved: EasyDict, path: Path) -> None:
     for key in STRUCTURE:
         wanted, found = (_unordered(lookup(each, key)) for each in (config, saved))
         if wanted != found:
+            name, *values = first_difference(wanted, found, key)
             raise UserError(
-                f"config says {key} {shown(wanted)}, but quantized model {path} has {shown(found)}"
+                f"config says {name} {shown(values[0])}, but quantized model {path} has {shown(values[1])}"
             )
     for key in INPUT:
         wanted, found = lookup(config, key), lookup(saved, key)

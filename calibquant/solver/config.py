@@ -13,6 +13,7 @@ import reprlib
 import unicodedata
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -480,7 +481,7 @@ def read_config(path: str | Path) -> Any:
     """What a YAML config says, unchecked.
 
     Raises:
-        UserError: the file is missing, too long or no YAML.
+        UserError: the file is missing, empty, too long or no YAML.
     """
     try:
         with Path(path).open("rb") as file:
@@ -492,10 +493,13 @@ def read_config(path: str | Path) -> Any:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"config {path}: cannot be read: {reason}") from error
     try:
-        return yaml.load(written, Loader=_StrictLoader)
+        found = yaml.load(written, Loader=_StrictLoader)
     except Exception as error:  # `!!int ""` or a deep nesting raise more than YAMLError
         reason = printable(str(error), 200) or type(error).__name__
         raise UserError(f"config {path}: is no valid YAML: {reason}") from error
+    if found is None:
+        raise UserError(f"config {path}: is empty, allowed is a mapping of keys to values")
+    return found
 
 
 def check_config(
@@ -553,15 +557,33 @@ def shown(value: Any) -> str:
     return written if len(written) <= 80 else written[:77] + "..."
 
 
+def first_difference(one: Any, other: Any, path: str) -> tuple[str, Any, Any]:
+    """Where two unequal values first differ, inside of mappings and lists of them, and both there."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        key = min(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+        return first_difference(one.get(key), other.get(key), f"{path}.{key}")
+    lists = isinstance(one, list) and isinstance(other, list)
+    if lists and all(isinstance(entry, dict) for entry in (*one, *other)):
+        pairs = enumerate(zip_longest(one, other))
+        number, (a, b) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
+        return f"{path}[{number}]", a, b
+    return path, one, other
+
+
 def _suggestion(path: str) -> str:
-    """What the user may have meant by an unknown dotted path: a near name, else its siblings."""
+    """What the user may have meant by an unknown dotted path: a near name, else what stands beside it."""
     names = SECTIONS | {key.path for key in KEYS}
-    close = difflib.get_close_matches(path, sorted(names), n=1)
-    if close:
-        return f"did you mean {close[0]}?"
-    section = path.rpartition(".")[0]
-    siblings = {n.rpartition(".")[2] for n in names if n.rpartition(".")[0] == section}
-    return f"allowed are {', '.join(sorted(siblings or {n.partition('.')[0] for n in names}))}"
+    section, _, last = path.rpartition(".")
+    while section and section not in SECTIONS:
+        section, _, last = section.rpartition(".")
+    beside = {n.rpartition(".")[2]: n for n in sorted(names) if n.rpartition(".")[0] == section}
+    elsewhere = [key.path for key in KEYS if key.path.rpartition(".")[2] == path.rpartition(".")[2]]
+    close = difflib.get_close_matches(last, beside, n=1, cutoff=0.75)
+    close = close or [name for name in beside if name.endswith(f"_{last}")]
+    meant = [beside[name] for name in close[:2]] or elsewhere[:2]
+    if meant:
+        return f"did you mean {' or '.join(meant)}?"
+    return f"allowed {f'in {section} ' if section else ''}are {', '.join(beside)}"
 
 
 def _flatten(raw: Any, where: str, prefix: str = "") -> list[tuple[str, Any]]:

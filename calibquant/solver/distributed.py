@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from calibquant.errors import UserError
+from calibquant.errors import UserError, printable
 from calibquant.model.quant_layer import harden
 from calibquant.model.quant_resnet import Unit
 from calibquant.solver.checkpoint import checksum
@@ -214,6 +214,10 @@ def team() -> Iterator[Team]:
             f"the environment variable {missing[0]} is not set; this script is started by torchrun: "
             "torchrun --nproc_per_node 2 ./calibquant/solver/main_distributed.py --config ..."
         )
+    for name in VARIABLES:
+        if name != "MASTER_ADDR" and not os.environ[name].isdecimal():
+            value = printable(os.environ[name], 80)
+            raise UserError(f"the environment variable {name} is {value}, allowed is an integer")
     _end_with_parent()
     with _talking():
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))

@@ -149,10 +149,10 @@ def subfolders(folder: Path, what: str) -> list[Path]:
         UserError: the folder does not exist or cannot be read.
     """
     try:
-        inside = sorted(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"{what} {folder}: {error.strerror or error}") from error
-    return [path for path in inside if path.is_dir() and not path.name.startswith(".")]
+        return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    except (OSError, ValueError) as error:  # ValueError: of a name that the locale cannot write
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UserError(f"{what} {folder}: {reason or error}") from error
 
 
 def is_image(path: Path) -> bool:
@@ -230,7 +230,10 @@ def require_classes(samples: list[Sample], where: str) -> None:
     """
     path, target = samples[-1]
     if target == -1:
-        raise UserError(f"{where}: {path.name} is in no class folder")
+        raise UserError(
+            f"{where}: {path.name} is in no class folder, allowed is <class>/<image>, "
+            "see imagenet/README.md"
+        )
 
 
 def evaluation_transform(data: EasyDict) -> Callable[[Image.Image], Tensor]:

@@ -68,7 +68,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        logger.info("interrupted; finished units are kept, the same command continues with them")
+        logger.info("interrupted; scores and finished units are kept, the same command continues with them")
         raise
 
 
@@ -99,8 +99,8 @@ def quantize(
             kept = state.score(key)
             skip = config.data.skip_unreadable
             found = Score(**kept) if kept else evaluate(network, validation, device, skip, peers)
-        state.keep_score(key, found.as_dict())
-        logger.info("%s:%s (%d images, %d skipped)", words, found, found.images, found.skipped)
+            logger.info("%s:%s (%d images, %d skipped)", words, found, found.images, found.skipped)
+            state.keep_score(key, found.as_dict())
         run.record(**{key: found.as_dict()})
 
     score("float", "float", model)

@@ -222,6 +222,8 @@ def newest_run(root: Path, log: str, config: EasyDict, file: str | None = None) 
     for path in sorted(folder.glob("*/metrics.json"), reverse=True):  # a run's name starts with its time
         try:
             metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(metrics, dict):
+                raise ValueError("holds no mapping, as a run's files do")
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
         if file is not None and Path(metrics.get("checkpoint", "")).name != file:

@@ -26,7 +26,7 @@ from calibquant.model.load import safe_load
 from calibquant.model.quant_layer import harden
 from calibquant.model.quant_resnet import Unit
 from calibquant.solver.checkpoint import bare, checksum
-from calibquant.solver.config import KEYS, lookup
+from calibquant.solver.config import KEYS, first_difference, lookup, shown
 from calibquant.solver.files import write_atomically, write_json
 from calibquant.solver.learn import TracePoint
 from calibquant.solver.recon import Memory, UnitResult
@@ -90,6 +90,8 @@ class RunState(Memory):
     def require_same(self, now: dict[str, str]) -> None:
         """Begin with this identity, or go on only if it is the one the state was made with.
 
+        A state without any unit is begun anew where it is another.
+
         Raises:
             UserError: naming what changed.
         """
@@ -100,6 +102,10 @@ class RunState(Memory):
             return
         before = _read_json(path)
         changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+        if changed and not any(self.folder.glob("unit_*")):
+            self.forget()
+            write_json(path, now)
+            return
         if changed:
             shown = "; ".join(_difference(key, before.get(key), now.get(key)) for key in changed[:3])
             raise UserError(
@@ -202,7 +208,7 @@ def run_state(config_path: str, fresh: bool, root: Path = STATE_ROOT) -> Iterato
         try:
             yield state
         finally:
-            if not any(folder.glob("unit_*")):
+            if not any(path.name.startswith(("unit_", "score_")) for path in folder.glob("*")):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -219,5 +225,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _difference(key: str, before: str | None, now: str | None) -> str:
+    if key.startswith("config ") and before and now:
+        name, *values = first_difference(json.loads(before), json.loads(now), key)
+        return "{} was {}, is {}".format(name, *map(shown, values))
     readable = key.startswith("config ") or key in ("device", "processes")
     return f"{key} was {before}, is {now}" if readable else f"the {key} changed"

@@ -4,9 +4,11 @@ import argparse
 import errno
 import io
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -26,20 +28,37 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's main and exit: 0, or 2 with one line for what a user can change, or 130 for Ctrl-C."""
     signal.signal(signal.SIGTERM, _interrupt)
     logging.raiseExceptions = False  # a log that cannot be written prints no traceback of its own
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the start
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # whatever a terminal or a file cannot show
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        _forget_output()
+        sys.exit(1)
     except Exception as error:
         words = for_user(error)
         if words is None:
             raise
         print(f"error: {words}", file=sys.stderr)
+        if isinstance(error, OSError):
+            _forget_output()
         sys.exit(2)
     sys.exit(0)
+
+
+def _forget_output() -> None:
+    """Let what cannot be printed go nowhere, so that the interpreter does not try once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def for_user(error: Exception) -> str | None:
@@ -48,8 +67,12 @@ def for_user(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return words
     if isinstance(error, OSError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        return f"an output cannot be written: {words}" if full else None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return f"an output cannot be written: {words}"
+        closed = error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+        return f"{printable(str(error.filename))}: {error.strerror}" if closed and error.filename else None
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of pathlib
+        return words
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         # torch raises it wherever the program is by then
         return (

@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # run as a file: the package is two folders up
 from easydict import EasyDict
 
 from calibquant.errors import UserError
-from calibquant.paths import expand, is_file
+from calibquant.paths import expand, is_dir, is_file
 from calibquant.solver.config import load_config
 from calibquant.solver.files import require_writable, write_json
 from calibquant.solver.rank_sets import SCORES, as_json, find_set, rank_sets, table
@@ -77,6 +77,12 @@ def score(args: argparse.Namespace, config: EasyDict | None) -> None:
     """
     if config is None:
         raise UserError("--config is missing, --score needs it: sets are ranked for a network")
+    if args.reference and "ranges" not in args.by:
+        raise UserError("--reference does nothing without --by ranges")
+    if args.json:
+        require_writable(args.json.parent)
+        if is_dir(args.json):
+            raise UserError(f"--json {args.json}: is a folder, allowed is the name of a file")
     train = args.train or expand(config.data.path) / "train"
     sets = [find_set(given, train) for given in args.score]
     reference = find_set(args.reference, train, "--reference") if args.reference else None

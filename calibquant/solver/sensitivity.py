@@ -96,9 +96,9 @@ def analyse(config: EasyDict, plan: Plan, device: torch.device, run: RunLog) -> 
     with run.stage("measure"):
         measurements = measure(probe, plan.candidates, run)
         uniform = {b: probe.network_cost(dict.fromkeys(probe.names, b)) for b in plan.candidates}
-    ranked = ranking(measurements)
-    for line in table(ranked, measurements, uniform):
-        logger.info("%s", line)
+        ranked = ranking(measurements)
+        for line in table(ranked, measurements, uniform):
+            logger.info("%s", line)
     run.record(all_at_once={str(bits): asdict(cost) for bits, cost in uniform.items()})
     if plan.plot != "none":
         picture = run.folder / f"sensitivity.{plan.plot}"

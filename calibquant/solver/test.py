@@ -28,7 +28,7 @@ def main() -> None:
         validation = validation_loader(config)
         with run.stage("evaluate_float"):
             score = evaluate(model, validation, device, config.data.skip_unreadable)
-        logger.info("%s", score)
+            logger.info("%s (%d images, %d skipped)", score, score.images, score.skipped)
         run.record(float=score.as_dict())
 
 
