@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.figures import FIGURES
 
 torch.set_num_threads(1)
+settings.register_profile("no clock", deadline=None)  # a loaded machine may stall for as long as it likes
+settings.load_profile("no clock")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

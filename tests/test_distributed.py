@@ -1,11 +1,13 @@
 """Several processes: the arithmetic of one, the same decisions everywhere, one voice, and no hanging."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,13 +17,16 @@ import torch.multiprocessing as mp
 import yaml
 
 from calibquant.errors import UserError
-from calibquant.solver import recon
+from calibquant.solver import imagenet_util, main_imagenet, recon
 from calibquant.solver.checkpoint import load_checkpoint
+from calibquant.solver.config import load_config
 from calibquant.solver.distributed import Team
 from calibquant.solver.main_distributed import main, require_equal_shares
 from calibquant.solver.peers import Peers
 from calibquant.solver.pipeline import recon_settings
 from calibquant.solver.recon import reconstruct
+from calibquant.solver.resume import run_state
+from calibquant.solver.run_log import start_run
 from calibquant.solver.script import run_script
 from tests.small import calibrated_model, random_float_model, small_config, some_wnids, write_images
 from tests.test_end_to_end import SOLVER, only, script, write_config
@@ -129,6 +134,37 @@ def test_collectives_are_plain_arithmetic(two):
     expected = calibrated_model(small_config(), IMAGES).state_dict()
     for name, value in expected.items():
         assert all(torch.equal(found["matched"][name], value) for found in two), name
+
+
+def test_while_units_learn_a_process_holds_its_own_images_alone(place, monkeypatch, tmp_path):
+    """Of as many processes as there may be, each would else hold all of them."""
+
+    class First(Peers):
+        size = 4
+
+    whole, seen = [], []
+
+    def load(config):
+        found = imagenet_util.load_calibration(config)
+        whole.append(weakref.ref(found.images))
+        return found
+
+    def learn(model, calibration, *_):
+        gc.collect()
+        seen.append((whole[0](), len(calibration.images), len(calibration.files)))
+
+    def save(*_) -> Path:
+        return Path("float.pth")
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(main_imagenet, "load_calibration", load)
+    monkeypatch.setattr(main_imagenet, "reconstruct_and_report", learn)
+    monkeypatch.setattr(main_imagenet, "save_checkpoint", save)
+    config = load_config(team_config(place, "alone"))
+    with run_state("here", True, tmp_path) as state, start_run(str(tmp_path), config) as run:
+        main_imagenet.quantize(config, torch.device("cpu"), run, state, First())
+    ((kept, images, files),) = seen
+    assert kept is None and images == 3 and files == 12
 
 
 def test_parts_hold_every_image_once_and_batches_are_shared_out():
