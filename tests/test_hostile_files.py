@@ -3,7 +3,6 @@
 import os
 import pickle
 import random
-import resource
 import struct
 import time
 import zipfile
@@ -22,6 +21,7 @@ from calibquant.model.load import build_model, load_weights
 from calibquant.model.quant_layer import harden
 from calibquant.solver.checkpoint import checksum, load_checkpoint, save_checkpoint
 from tests.figures import record
+from tests.peak import growth
 from tests.small import calibrated_model, small_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -87,9 +87,9 @@ def is_refused(read: Callable[[Path], Any], path: Path, what: str, as_it_was: di
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory() -> Any:
     """Nothing here may take more than 500 MB more, whatever it claims."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    grown = growth()
     yield
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000, "KiB"
+    assert grown() < 500_000, "KiB"
 
 
 # Damage
