@@ -412,7 +412,12 @@ BY_STATISTICS = [*TRAIN, *CONFIG, "--strategy", "bn_statistics"]
         ([*TRAIN, "--num", 8, "--out", f"{'x' * 300}/set"], "/"),
         (["--score", "long.txt", *CONFIG], "--score long.txt: xxx"),
         (["--score", "absent", *CONFIG], "--score: calibration folder absent: No such file"),
-        (["--score", "imagenet/train", *CONFIG, "--reference", "x"], "--reference: calibration folder x"),
+        (["--score", "imagenet/train", *CONFIG, "--reference", "x"], "--reference does nothing without"),
+        (
+            ["--score", "imagenet/train", *CONFIG, "--by", "ranges", "--reference", "x"],
+            "--reference: calibration folder x",
+        ),
+        (["--score", "imagenet/train", *CONFIG, "--json", "."], "--json .: is a folder"),
         (["--score", "empty.txt", *CONFIG], "--score empty.txt: cannot be read as a list of images: it is"),
         (["--score", "binary.txt", *CONFIG], "--score binary.txt: cannot be read as a list of images"),
         (["--score", "wrong.txt", *CONFIG], "--score wrong.txt: a/b.JPEG is no file in"),

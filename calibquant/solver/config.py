@@ -578,7 +578,7 @@ def _suggestion(path: str) -> str:
         section, _, last = section.rpartition(".")
     beside = {n.rpartition(".")[2]: n for n in sorted(names) if n.rpartition(".")[0] == section}
     elsewhere = [key.path for key in KEYS if key.path.rpartition(".")[2] == path.rpartition(".")[2]]
-    close = difflib.get_close_matches(last, beside, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(last, beside, n=1, cutoff=0.65)
     close = close or [name for name in beside if name.endswith(f"_{last}")]
     meant = [beside[name] for name in close[:2]] or elsewhere[:2]
     if meant:
