@@ -90,22 +90,18 @@ def compensated_steps(
     share, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
     if bool(failed.any()):
         return None
-    before, after = torch.empty_like(left), torch.empty_like(left)
     for start in range(0, left.shape[2], BLOCK):
         block = slice(start, start + BLOCK)
         here, inside = left[:, :, block], share[:, block, block]
         errors = torch.empty_like(here)
         for column in range(here.shape[2]):
-            value = here[:, :, column, None].clone()
-            steps = grid.steps(value)
-            before[:, :, start + column, None] = value / grid.scale
-            after[:, :, start + column, None] = steps
-            error = (value - steps * grid.scale) / inside[:, column, column, None, None]
-            here[:, :, column:] -= error * inside[:, None, column, column:]
+            value = here[:, :, column, None]  # from here on it stays
+            error = (value - grid.steps(value) * grid.scale) / inside[:, column, column, None, None]
+            here[:, :, column + 1 :] -= error * inside[:, None, column, column + 1 :]
             errors[:, :, column, None] = error
         left[:, :, block.stop :] -= errors @ share[:, block, block.stop :]
-    back = order.argsort(dim=1)
-    return columns(before, back), columns(after, back)
+    turn = columns(left, order.argsort(dim=1))
+    return turn / grid.scale, grid.steps(turn)
 
 
 def regression(missing: Tensor, factor: Tensor) -> Tensor:

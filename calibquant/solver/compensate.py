@@ -5,8 +5,9 @@ the unit's own data.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 
 import torch
@@ -37,9 +38,11 @@ IMAGES, PLACES = 256, 2**16
 HELD_OUT = 4
 """One image of so many is kept back, with all its views, to choose damping and passes by."""
 DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
-"""Dampings that are tried, in this order, until one serves the images held out worse."""
+"""Dampings of which the one is taken that serves the images held out best, looked for from 1 on."""
 PASSES = 4
 """Passes over a layer's weights at most, that improve step sizes and grid points in turn."""
+LAST_PASSES = 2
+"""Passes that then do so by all images, those held out among them."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +270,7 @@ def compensate_layer(
     """Replace one layer's weight, its step sizes and its bias.
 
     How is chosen by what serves the images held out; the weight stays where nearest rounding serves them
-    better. It is then done once more, with these images, too. The bias makes up for how far outputs are
+    better. What was chosen is then improved by all images. The bias makes up for how far outputs are
     off on average (bias correction, Nagel et al. 2019): pre-activations are mostly negative, so that what
     shrinks them, as every regression on noisy inputs does, lets more of them through a ReLU.
     """
@@ -306,7 +309,9 @@ class Rounded:
 def compensated(
     weight: Tensor, moments: Moments, unseen: Moments, every: Moments, grid: WeightGrid
 ) -> Rounded | None:
-    """A weight rounded with the damping, and then improved as far, as serves the images held out best.
+    """A weight rounded with the damping, and improved as far, as serves the images held out best.
+
+    It is then improved a little more by all images.
 
     Args:
         moments, unseen, every: of the images learned from, of those held out, and of both.
@@ -318,33 +323,36 @@ def compensated(
     def error(grid: WeightGrid, steps: Tensor) -> float:
         return added_error(weight, steps * grid.scale, unseen)
 
-    least, best, chosen = math.inf, None, math.nan
-    for damping in DAMPINGS:
-        found = compensated_steps(weight, moments, damping, grid)
-        now = math.inf if found is None else error(grid, found[1])
-        if not now < least:
-            break
-        least, best, chosen = now, found, damping
-    if best is None or not least < error(grid, grid.steps(weight)):
+    @cache
+    def at(place: int) -> tuple[float, Tensor | None]:
+        inside = 0 <= place < len(DAMPINGS)
+        found = compensated_steps(weight, moments, DAMPINGS[place], grid) if inside else None
+        return (math.inf, None) if found is None else (error(grid, found[1]), found[1])
+
+    chosen = lowest(lambda place: at(place)[0], DAMPINGS.index(1.0))
+    least, steps = at(chosen)
+    if steps is None or not least < error(grid, grid.steps(weight)):
         return None
-    problem, passes = fitted(weight, moments, chosen), 0
+    problem, better = fitted(weight, moments, DAMPINGS[chosen]), (grid, steps)
     assert problem is not None
-    for passed in islice(descent(*problem, grid, best[1]), PASSES):
+    for passed in islice(descent(*problem, grid, steps), PASSES):
         now = error(*passed)
         if not now < least:
             break
-        least, passes = now, passes + 1
-    return rounded_with(weight, every, chosen, passes, grid)
-
-
-def rounded_with(
-    weight: Tensor, moments: Moments, damping: float, passes: int, grid: WeightGrid
-) -> Rounded | None:
-    """A weight rounded with a damping, and improved by so many passes; None where that cannot be done."""
-    first, problem = compensated_steps(weight, moments, damping, grid), fitted(weight, moments, damping)
-    if first is None or problem is None:
+        least, better = now, passed
+    problem = fitted(weight, every, DAMPINGS[chosen])
+    if problem is None:
         return None
-    if not passes:
-        return Rounded(grid, *first)
-    *_, last = islice(descent(*problem, grid, first[1]), passes)
+    *_, last = islice(descent(*problem, *better), LAST_PASSES)
     return Rounded(last[0], wanted_steps(*problem, *last), last[1])
+
+
+def lowest(of: Callable[[int], float], start: int) -> int:
+    """Where a function of one valley is lowest, gone to from a start step by step."""
+    for step in (-1, 1):
+        place = start
+        while of(place + step) < of(place):
+            place += step
+        if place != start:
+            return place
+    return start
