@@ -160,6 +160,16 @@ def test_of_long_settings_what_differs_is_named(tmp_path):
             state.require_same({"config quant.overrides": json.dumps(entries)})
 
 
+@pytest.mark.parametrize("damaged", ["[", 5, [1], {"a": 1}])
+def test_a_damaged_identity_is_another_one(tmp_path, damaged):
+    with run_state("a.yaml", False, tmp_path) as state:
+        state.require_same({"config x": "1"})
+        (state.folder / "unit_stem.pth").touch()
+        (state.folder / "identity.json").write_text(json.dumps({"config x": damaged}))
+        with pytest.raises(UserError, match=r"config x was .*, is 1; change it back, or start anew"):
+            state.require_same({"config x": "1"})
+
+
 def test_a_state_that_a_kill_left_half_forgotten_is_no_other_runs(tmp_path, monkeypatch):
     unlink, now = Path.unlink, {"config quant.recon.iters": "20"}
     for files_gone in range(4):

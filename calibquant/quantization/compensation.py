@@ -68,9 +68,7 @@ def added_error(weight: Tensor, other: Tensor, moments: Moments) -> float:
     return float(((change @ moments.second + 2 * moments.missing) * change).sum())
 
 
-def compensated_steps(
-    weight: Tensor, moments: Moments, damping: float, grid: WeightGrid
-) -> tuple[Tensor, Tensor] | None:
+def compensated_steps(weight: Tensor, moments: Moments, damping: float, grid: WeightGrid) -> Tensor | None:
     """Round a weight, fitted to the inputs, column by column; columns go by falling second moment.
 
     Args:
@@ -79,8 +77,8 @@ def compensated_steps(
             taking over more than the moments of a sample can tell.
 
     Returns:
-        How many steps from zero each weight was when its turn came, and is then, ``[g, O, K]`` each; or
-        None where the moments cannot be factored: they hold NaN, or the damping is too small for them.
+        How many steps from zero each weight is then, ``[g, O, K]``; or None where the moments cannot be
+        factored: they hold NaN, or the damping is too small for them.
     """
     order = moments.second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
     factor, failed = torch.linalg.cholesky_ex(damped(both_ways(moments.second, order), damping))
@@ -100,8 +98,7 @@ def compensated_steps(
             here[:, :, column + 1 :] -= error * inside[:, None, column, column + 1 :]
             errors[:, :, column, None] = error
         left[:, :, block.stop :] -= errors @ share[:, block, block.stop :]
-    turn = columns(left, order.argsort(dim=1))
-    return turn / grid.scale, grid.steps(turn)
+    return grid.steps(columns(left, order.argsort(dim=1)))
 
 
 def regression(missing: Tensor, factor: Tensor) -> Tensor:

@@ -49,9 +49,8 @@ class Histogram:
         for row, values in enumerate(rows):
             bins = (values * per_bin[row]).floor_().to(torch.int32).add_(half)
             self.counts[row] += torch.bincount(bins.clamp_(0, self.bins - 1), minlength=self.bins)
-            self.counts[row, half] -= (values == 0).sum(
-                dtype=torch.int32
-            )  # in int64 it takes twice as long
+            zeros = (values == 0).sum(dtype=torch.int32)  # in int64 it takes twice as long
+            self.counts[row, half] -= zeros
 
     def _double(self, which: Tensor) -> None:
         """Merge neighbouring bins of the given rows: exact, since bin 2k and 2k+1 become bin k."""

@@ -327,7 +327,7 @@ def compensated(
     def at(place: int) -> tuple[float, Tensor | None]:
         inside = 0 <= place < len(DAMPINGS)
         found = compensated_steps(weight, moments, DAMPINGS[place], grid) if inside else None
-        return (math.inf, None) if found is None else (error(grid, found[1]), found[1])
+        return (math.inf, None) if found is None else (error(grid, found), found)
 
     chosen = lowest(lambda place: at(place)[0], DAMPINGS.index(1.0))
     least, steps = at(chosen)

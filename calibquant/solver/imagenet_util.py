@@ -88,6 +88,11 @@ class Score:
     def __str__(self) -> str:
         return f" * Acc@1 {self.top1:.3f} Acc@5 {self.top5:.3f}"
 
+    @property
+    def in_full(self) -> str:
+        """The accuracy, and of how many images it is."""
+        return f"{self} ({self.images} images, {self.skipped} skipped)"
+
 
 @dataclass(frozen=True)
 class Calibration:

@@ -99,7 +99,7 @@ def quantize(
             kept = state.score(key)
             skip = config.data.skip_unreadable
             found = Score(**kept) if kept else evaluate(network, validation, device, skip, peers)
-            logger.info("%s:%s (%d images, %d skipped)", words, found, found.images, found.skipped)
+            logger.info("%s:%s", words, found.in_full)
             state.keep_score(key, found.as_dict())
         run.record(**{key: found.as_dict()})
 

@@ -9,7 +9,6 @@ and the configs of ``exp/quickstart``, just as ImageNet is.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 
 from calibquant.errors import UserError
 from calibquant.model.load import build_model
+from calibquant.report.run_data import read_mapping
 from calibquant.solver.config import config_name, load_config
 from calibquant.solver.files import write_atomically
 from calibquant.solver.imagenet_util import (
@@ -220,12 +220,7 @@ def newest_run(root: Path, log: str, config: EasyDict, file: str | None = None) 
     """
     folder = root / log / config_name(config)
     for path in sorted(folder.glob("*/metrics.json"), reverse=True):  # a run's name starts with its time
-        try:
-            metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(metrics, dict):
-                raise ValueError("holds no mapping, as a run's files do")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from error
+        metrics = read_mapping(path)
         if file is not None and Path(metrics.get("checkpoint", "")).name != file:
             continue
         missing = [key for key in RESULTS[log] if key not in metrics]

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,9 @@ class RunState(Memory):
             write_json(path, now)
             return
         if changed:
-            shown = "; ".join(_difference(key, before.get(key), now.get(key)) for key in changed[:3])
+            words = "; ".join(_difference(key, before.get(key), now.get(key)) for key in changed[:3])
             raise UserError(
-                f"an unfinished run of this config was made from something else: {shown}"
+                f"an unfinished run of this config was made from something else: {words}"
                 f"{' and more' if len(changed) > 3 else ''}; change it back, or start anew with --fresh"
             )
         done = len(list(self.folder.glob("unit_*.pth")))
@@ -226,7 +226,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _difference(key: str, before: str | None, now: str | None) -> str:
     if key.startswith("config ") and before and now:
-        name, *values = first_difference(json.loads(before), json.loads(now), key)
-        return "{} was {}, is {}".format(name, *map(shown, values))
+        with suppress(ValueError, TypeError):  # of an identity that was damaged
+            name, *values = first_difference(json.loads(before), json.loads(now), key)
+            return "{} was {}, is {}".format(name, *map(shown, values))
     readable = key.startswith("config ") or key in ("device", "processes")
     return f"{key} was {before}, is {now}" if readable else f"the {key} changed"

@@ -28,7 +28,7 @@ def main() -> None:
         validation = validation_loader(config)
         with run.stage("evaluate_float"):
             score = evaluate(model, validation, device, config.data.skip_unreadable)
-            logger.info("%s (%d images, %d skipped)", score, score.images, score.skipped)
+            logger.info("%s", score.in_full)
         run.record(float=score.as_dict())
 
 

@@ -34,7 +34,7 @@ def main() -> None:
         validation = validation_loader(config)
         with run.stage("evaluate_quantized"):
             score = evaluate(model.to(device), validation, device, config.data.skip_unreadable)
-            logger.info("%s (%d images, %d skipped)", score, score.images, score.skipped)
+            logger.info("%s", score.in_full)
         run.record(quantized=score.as_dict(), checkpoint=str(path), metadata=metadata)
 
 
