@@ -144,7 +144,7 @@ def units_with_data(
 ) -> Iterable[tuple[Unit, UnitData]]:
     """Each wanted unit, not yet hardened, and what it learns from."""
     store = store_for(settings, device)
-    means = Means(settings, device, store, Rows(len(images), len(images), 0, 0))
+    means = Means(settings, device, store, Rows(len(images), len(images), 0))
     activations = Activations(channels_last(images, device))
     units = model.units("block")
     for index, unit in enumerate(units):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calibquant.solver.augment import arrange, rows_of, views_of
+from calibquant.solver.augment import arrange, rows_of, split_off, view_of
 from calibquant.solver.cache_plan import Room, choose_store
 from calibquant.solver.caches import Activations
 from calibquant.solver.learn import ReconSettings
@@ -15,16 +15,18 @@ IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def test_the_images_themselves_come_first_then_their_mirror_images():
-    assert views_of(IMAGES, 1, seed=0) is IMAGES
-    views = views_of(IMAGES, 4, seed=0)
+    assert arrange(IMAGES, rows_of(5, ReconSettings()), seed=0) is IMAGES
+    views = arrange(IMAGES, rows_of(5, ReconSettings(views=4)), seed=0)
     assert views.shape == (20, 3, 16, 16)
     assert torch.equal(views[:5], IMAGES)
     assert torch.equal(views[5:10], IMAGES.flip(3))
+    assert torch.equal(views[10:15], view_of(IMAGES, 2, seed=0))
+    assert torch.equal(views[15:], view_of(IMAGES, 3, seed=0))
 
 
 def test_crops_are_parts_of_their_own_image_and_differ():
     ramp = torch.arange(5.0).view(5, 1, 1, 1) * 100 + torch.linspace(0, 1, 16).expand(3, 16, 16)
-    crops = views_of(ramp, 5, seed=1)[10:].view(3, 5, 3, 16, 16)
+    crops = torch.stack([view_of(ramp, view, seed=1) for view in (2, 3, 4)])
     for number in range(5):
         of_one = crops[:, number] - 100 * number
         assert float(of_one.min()) > -1e-3 and float(of_one.max()) < 1 + 1e-3  # nothing of another image
@@ -35,8 +37,9 @@ def test_crops_are_parts_of_their_own_image_and_differ():
 def test_a_seed_settles_the_crops_and_the_global_generator_stays():
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    first, again, other = (views_of(IMAGES, 4, seed) for seed in (1, 1, 2))
+    first, again, other = (view_of(IMAGES, 2, seed) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not torch.equal(first, view_of(IMAGES, 3, seed=1))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -56,22 +59,14 @@ def test_reconstruction_learns_from_all_views():
     assert set(carried) == {15}
 
 
-def test_views_to_learn_from_come_before_those_that_nothing_is_learned_from():
+def test_views_to_learn_from_come_before_the_images_held_out():
     settings = ReconSettings(views=2, match_views=1, compensate=True, held_out=0.2)
     rows = rows_of(5, settings)
-    assert (rows.images, rows.views, rows.unlearned, rows.held_out, rows.count) == (4, 8, 4, 1, 13)
+    assert (rows.images, rows.views, rows.held_out, rows.count) == (4, 8, 1, 9)
     arranged, learned = arrange(IMAGES, rows, seed=3), IMAGES[[0, 1, 3, 4]]
     assert torch.equal(arranged[:8], torch.cat([learned, learned.flip(3)]))
-    assert torch.equal(arranged[rows.matching], views_of(learned, 3, seed=3)[8:])
-    assert torch.equal(arranged[12:], IMAGES[2:3])
-
-
-def test_without_compensation_or_a_classifier_of_its_own_there_is_nothing_to_match():
-    merged = small_config(
-        quant__recon__compensate=True, quant__recon__match_views=2, quant__recon__merge=["classifier"]
-    )
-    assert rows_of(10, recon_settings(merged)).unlearned == 0
-    assert rows_of(5, ReconSettings(match_views=3)).count == 5
+    assert torch.equal(arranged[8:], IMAGES[2:3])
+    assert torch.equal(split_off(IMAGES, rows)[0], learned)
 
 
 def test_the_memory_estimate_counts_views(tmp_path):
@@ -88,7 +83,7 @@ def test_the_memory_estimate_counts_views(tmp_path):
                 lambda model, image, count, settings: asked.append(count) or _Small(),
             )
             choose_store(model, IMAGES, settings, tmp_path, free=lambda *_: Room(2**40, 2**40, 2**40))
-    assert asked == [5, 20, 15]
+    assert asked == [5, 20, 5]  # those that only the classifier sees are not carried along
 
 
 class _Small:

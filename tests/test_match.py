@@ -1,10 +1,14 @@
 """The classifier is fitted to what its inputs have become, as the float network's own would be read."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from calibquant.model.quant_layer import QuantLinear
 from calibquant.quantization.fake_quant import QuantizerConfig, Role
+from calibquant.quantization.state import full_precision
+from calibquant.solver import match
+from calibquant.solver.augment import view_of
 from calibquant.solver.learn import reconstruction_loss
 from calibquant.solver.match import match_inputs
 from calibquant.solver.peers import Peers
@@ -60,7 +64,7 @@ def test_inputs_that_are_the_same_in_both_networks_stay_as_they_are():
 
 def reconstructed(**recon):
     changes = {f"quant__recon__{key}": value for key, value in recon.items()}
-    config = small_config(quant__recon__compensate=True, **changes)
+    config = small_config(**{"quant__recon__compensate": True} | changes)
     model = calibrated_model(config, IMAGES)
     return model, list(reconstruct(model, IMAGES, recon_settings(config), seed=1))
 
@@ -71,6 +75,39 @@ def test_only_the_classifier_sees_the_views_that_nothing_is_learned_from():
         assert torch.equal(value, changed) or name.startswith("classifier."), name
     x = torch.ones(1, one.classifier.fc.weight.shape[1], 2, 2)
     assert not torch.equal(one.classifier(x), other.classifier(x))
+
+
+def captured_features(monkeypatch, **recon):
+    """What the classifier's layer reads, as matching gets it: in the float and in the quantized network."""
+    found = []
+    original = match.match_inputs
+    monkeypatch.setattr(match, "match_inputs", lambda *args: (found.append(args[1:3]), original(*args)))
+    model, _ = reconstructed(**recon)
+    return model, found
+
+
+def test_unlearned_views_are_seen_as_both_networks_see_them(monkeypatch):
+    """Against each network run whole on the views, the quantized one behind the last block as it ends."""
+    model, ((full, quantized),) = captured_features(monkeypatch, views=2, match_views=2, held_out=0.2)
+    learned = IMAGES[[0, 1, 3, 4]]
+    views = torch.cat([view_of(learned, number, seed=1) for number in (2, 3)])
+    read = []
+    model.classifier.fc.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    before = calibrated_model(small_config(), IMAGES)
+    before.classifier.fc.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    with torch.no_grad(), full_precision(before):
+        before(views)
+        model(views)
+    torch.testing.assert_close(full, read[0])
+    torch.testing.assert_close(quantized, read[1])
+    assert not torch.equal(full, quantized)
+
+
+@pytest.mark.parametrize("recon", [{"compensate": False}, {"merge": ["classifier"]}])
+def test_without_compensation_or_a_classifier_of_its_own_nothing_is_matched(monkeypatch, recon):
+    monkeypatch.setattr(match.UnlearnedViews, "__init__", None)  # would be a TypeError
+    _, found = captured_features(monkeypatch, match_views=2, **recon)
+    assert not found
 
 
 def test_the_classifier_learns_to_be_the_matched_one():

@@ -3,9 +3,12 @@
 import sys
 
 import pytest
+import torch
 
 from benchmarks import speed
+from calibquant.solver.pipeline import recon_settings
 from calibquant.solver.script import run_script
+from tests.small import calibrated_model, small_config
 
 
 @pytest.mark.parametrize(
@@ -22,3 +25,14 @@ def test_numbers_that_nothing_can_be_measured_with_are_one_line(monkeypatch, cap
     with pytest.raises(SystemExit) as stopped:
         run_script(speed.main)
     assert stopped.value.code == 2 and capsys.readouterr().err == f"error: {words}\n"
+
+
+def test_each_wanted_unit_comes_with_what_it_learns_from():
+    config = small_config()
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = calibrated_model(config, images)
+    names = [unit.name for unit in model.units("block")]
+    settings, device = recon_settings(config), torch.device("cpu")
+    found = list(speed.units_with_data(model, images, settings, device, names[1:]))
+    assert [unit.name for unit, _ in found] == names[1:]
+    assert all(len(data.target) == 4 for _, data in found)

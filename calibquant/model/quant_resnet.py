@@ -250,6 +250,13 @@ class QuantResNet(nn.Module):
             x = unit.module(x)
         return x
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the classifier's layer reads of images ``[N, 3, H, W]``: ``[N, C]``."""
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.classifier.pool(x)
+
     def units(self, granularity: str, merged: Collection[str] = ()) -> list[Unit]:
         """What is reconstructed, in dataflow order: residual blocks, or (``layer``) single layers.
 

@@ -24,24 +24,17 @@ class Rows:
 
     Attributes:
         images: learned from.
-        views: all views of them that are learned from, the images themselves among these.
-        unlearned: views of them that are not; what units have not learned from, they fit less well.
+        views: all views of them, the images themselves among these.
         held_out: images that no unit learns from.
     """
 
     images: int
     views: int
-    unlearned: int
     held_out: int
 
     @property
     def count(self) -> int:
-        return self.views + self.unlearned + self.held_out
-
-    @property
-    def matching(self) -> slice:
-        """Those that the classifier's inputs are matched on: unlearned views, if there are any."""
-        return slice(self.views, self.views + self.unlearned) if self.unlearned else slice(self.views)
+        return self.views + self.held_out
 
 
 def rows_of(count: int, settings: ReconSettings) -> Rows:
@@ -49,9 +42,7 @@ def rows_of(count: int, settings: ReconSettings) -> Rows:
     share = settings.held_out
     kept_back = min(max(1, round(share * count)), count - 1) if share else 0
     learned = count - kept_back
-    matched = settings.compensate and "classifier" not in settings.merge  # see match.py
-    unlearned = settings.match_views if matched else 0
-    return Rows(learned, settings.views * learned, unlearned * learned, kept_back)
+    return Rows(learned, settings.views * learned, kept_back)
 
 
 def arrange(images: Tensor, rows: Rows, seed: int) -> Tensor:
@@ -61,28 +52,36 @@ def arrange(images: Tensor, rows: Rows, seed: int) -> Tensor:
         images: ``[N, 3, H, W]``, normalised.
         seed: of the crops.
     """
-    views = (rows.views + rows.unlearned) // rows.images
+    learned, held_out = split_off(images, rows)
+    views = [view_of(learned, number, seed) for number in range(rows.views // rows.images)]
+    every = [*views, held_out] if rows.held_out else views
+    return torch.cat(every) if len(every) > 1 else images
+
+
+def split_off(images: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Images ``[N, 3, H, W]`` that are learned from, and those held out, in their order."""
     if not rows.held_out:
-        return views_of(images, views, seed)
+        return images, images[:0]
     held_out = torch.zeros(len(images), dtype=torch.bool)
     held_out[(torch.arange(rows.held_out) * len(images) + len(images) // 2) // rows.held_out] = True
-    return torch.cat([views_of(images[~held_out], views, seed), images[held_out]])
+    return images[~held_out], images[held_out]
 
 
-def views_of(images: Tensor, count: int, seed: int) -> Tensor:
-    """The images, the same mirrored, and random crops of them, some mirrored, ``[count * N, 3, H, W]``.
+def view_of(images: Tensor, number: int, seed: int) -> Tensor:
+    """A view of each image: itself, the same mirrored, and from number 2 on random crops, some mirrored.
 
     Args:
-        images: ``[N, 3, H, W]``, normalised; they come first in the result, and alone for a count of 1.
-        count: views of each image.
+        images: ``[N, 3, H, W]``, normalised.
+        number: of the view, from 0; each has draws of its own, whichever others there are.
         seed: of the crops, independent of torch's global generator.
     """
-    if count == 1:
+    if number == 0:
         return images
+    if number == 1:
+        return images.flip(3)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        crops = [random_crops(images) for _ in range(count - 2)]
-    return torch.cat([images, images.flip(3), *crops])
+        torch.default_generator.manual_seed(seed * 10_007 + number)
+        return random_crops(images)
 
 
 def random_crops(images: Tensor) -> Tensor:

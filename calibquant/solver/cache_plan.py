@@ -125,10 +125,11 @@ def choose_store(
         logger.warning("%s are free on the GPU: activations stay in host memory", _size(have.device))
     if need.caches + (0 if on_gpu else need.step) <= SPARE * have.host:
         return Store(cpu, dtype, pinned=on_gpu)
-    which = f"{count} images (quant.calibrate x views, of quant.recon.views and match_views)"
+    which = f"{count} images (quant.calibrate x quant.recon.views)"
     if need.caches <= SPARE * have.disk:
         copies = 1 if count == len(images) else 2  # as the store lays them out, and with their views
-        staying = copies * count * images[0].nbytes + (0 if on_gpu else need.step)
+        drawn = len(images) if settings.match_views else 0  # one view at a time
+        staying = (copies * count + drawn) * images[0].nbytes + (0 if on_gpu else need.step)
         if staying > SPARE * have.host:
             raise UserError(
                 f"{which} need about {_size(staying)} of host memory themselves, wherever activations are; "
