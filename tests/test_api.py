@@ -16,6 +16,7 @@ import calibquant
 from calibquant.model.convert import describe_network, float_copy
 from calibquant.model.load import build_model
 from calibquant.model.resnet import ARCHITECTURES
+from calibquant.solver import api
 from calibquant.solver.api import _checked_config
 from calibquant.solver.config import check_config
 from tests.onnx_tools import relative_difference, run_onnx
@@ -124,6 +125,8 @@ def mistakes():
     head.fc = nn.Sequential(nn.Dropout(), nn.Linear(512, 4))
     broken = build_model("resnet18", SMALL)
     broken.fc.weight.data[0, 0] = torch.nan
+    biased = build_model("resnet18", SMALL)
+    biased.fc.bias.data[0] = torch.nan
     shallow = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
     return {
         "a linear layer": ({"model": nn.Linear(2, 2)}, "the model is a Linear, allowed are"),
@@ -131,6 +134,7 @@ def mistakes():
         "other strides": ({"model": changed}, "does not compute what a resnet18 does"),
         "another head": ({"model": head}, "its fc a Sequential, allowed are Conv2d and Linear"),
         "NaN in weights": ({"model": broken}, "NaN"),
+        "NaN in a bias": ({"model": biased}, "outputs on these images hold NaN"),
         "no tensor": ({"calibration_images": [1]}, "calibration_images is a list"),
         "one image": ({"calibration_images": images()[0]}, "calibration_images is [3, 32, 32]"),
         "grey images": ({"calibration_images": images()[:, :1]}, "calibration_images is [8, 1, 32, 32]"),
@@ -165,6 +169,24 @@ def test_only_what_quantize_returns_is_saved_or_exported(tmp_path):
             refuse(nn.Linear(2, 2), tmp_path / "x.onnx")
     with pytest.raises(calibquant.UserError, match="nowhere"):
         calibquant.load_quantized(tmp_path / "nowhere.pth")
+
+
+def test_what_was_converted_after_quantization_is_not_saved(small, tmp_path):
+    quantized = copy.deepcopy(small[1]).half()
+    with pytest.raises(calibquant.UserError, match="is float16, allowed is float32"):
+        calibquant.save_quantized(quantized, tmp_path / "half.pth")
+    assert not (tmp_path / "half.pth").exists()
+
+
+def test_of_few_images_a_step_takes_all_as_the_script_does(small, monkeypatch):
+    seen = []
+    reconstruct = api.reconstruct
+    monkeypatch.setattr(
+        api, "reconstruct", lambda *args, **more: seen.append(args[2]) or reconstruct(*args, **more)
+    )
+    many = {"quant": {**QUICK["quant"], "recon": {"iters": 1, "batch_size": 32}}}
+    calibquant.quantize(small[0], images(side=16), many)
+    assert seen[0].batch_size == 8
 
 
 def test_the_exported_network_names_its_classes(small, tmp_path):

@@ -19,7 +19,7 @@ from calibquant.solver import test
 from calibquant.solver.checkpoint import load_checkpoint, save_checkpoint
 from calibquant.solver.files import require_writable, write_atomically, write_json
 from calibquant.solver.run_log import start_run
-from calibquant.solver.script import run_script
+from calibquant.solver.script import for_user, run_script
 from tests.figures import record
 from tests.small import calibrated_model, random_float_model, small_config, some_wnids, write_images
 from tests.test_end_to_end import script, write_config
@@ -280,3 +280,16 @@ def test_what_a_terminal_cannot_show_is_no_traceback():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert (done.returncode, done.stdout) == (0, b"a \\u2212 b\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",  # page-locked
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_whatever_memory_lacks_is_one_line_that_says_what_to_lower(words: str) -> None:
+    line = for_user(RuntimeError(words))
+    assert line is not None and line.startswith("out of memory") and "lower data.batch_size" in line

@@ -466,6 +466,38 @@ run_script(lambda: list(make_loader([(Path(sys.argv[1]), 0)], slow, config)))
 """
 
 
+UNSHARED = """
+import torch
+from torch.utils.data import DataLoader
+from calibquant.solver.imagenet_util import end_with_the_job
+from calibquant.solver.script import run_script
+
+class NotHandedOver:
+    def __reduce__(self):
+        raise OSError(28, "No space left on device")
+
+run_script(lambda: list(DataLoader(
+    [0], num_workers=1, collate_fn=lambda items: NotHandedOver(), worker_init_fn=end_with_the_job)))
+"""
+
+
+def test_a_batch_that_cannot_be_handed_over_is_one_line() -> None:
+    """As with too little shared memory: without more ado the main process would wait without end."""
+    command = [sys.executable, "-c", UNSHARED]
+    job = subprocess.run(command, text=True, capture_output=True, timeout=120)
+    assert job.returncode == 2 and job.stderr.startswith("error: a data-loading process has ended")
+    assert "/dev/shm" in job.stderr and len(job.stderr.splitlines()) == 1
+
+
+def test_a_network_whose_logits_are_no_numbers_has_no_score(root: Path) -> None:
+    class Broken(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.full((len(x), 1000), float("nan"))
+
+    with pytest.raises(UserError, match="logits hold NaN or infinity"):
+        evaluate(Broken(), validation_loader(make_config(root)), torch.device("cpu"))
+
+
 @pytest.mark.parametrize("whole_job", [True, False])
 def test_a_killed_data_loading_process_is_one_line(tmp_path: Path, whole_job: bool) -> None:
     image = write_image(tmp_path / "image.png")

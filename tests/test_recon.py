@@ -10,6 +10,7 @@ from calibquant.model.quant_layer import harden, layers
 from calibquant.quantization.drop import Draws
 from calibquant.quantization.fake_quant import AdaRoundFakeQuantize, FixedFakeQuantize, IntegerWeight
 from calibquant.quantization.state import full_precision, quantizers
+from calibquant.solver import recon
 from calibquant.solver.caches import Activations
 from calibquant.solver.learn import (
     Engine,
@@ -322,6 +323,14 @@ def test_merged_units_that_get_worse_are_taken_back_whole():
     for mine, other in ((model.stem, plain.stem), (model.blocks[0], plain.blocks[0])):
         for (name, a), (_, b) in zip(mine.state_dict().items(), other.state_dict().items(), strict=True):
             assert torch.equal(a, b), name
+
+
+def test_a_unit_that_diverges_where_no_error_is_finite_is_taken_back_and_hardened(monkeypatch):
+    monkeypatch.setattr(recon, "unit_errors", lambda *_: recon.Errors(math.inf, None))
+    monkeypatch.setattr(recon, "learned_is_finite", lambda _: False)
+    model, results = run(quant__recon__iters=2)
+    assert all(result.reverted for result in results)
+    assert all(isinstance(layer.weight_quantizer, IntegerWeight) for _, layer in layers(model))
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,10 @@ def load_weights(model: ResNet, type: str, path: str | None) -> None:
                 f"{name}: {key} is {str(value.dtype).removeprefix('torch.')} ({value.layout}), "
                 "allowed are dense floating-point weights"
             )
-        if not bool(torch.isfinite(value).all()):
-            raise UserError(f"{name}: {key} holds NaN or infinity")
+        if not bool(torch.isfinite(value.float()).all()):
+            raise UserError(f"{name}: {key} holds NaN or infinity, or what float32 cannot hold")
+        if key.endswith("running_var") and bool((value.float() < 0).any()):
+            raise UserError(f"{name}: {key} holds {float(value.float().min()):g}, allowed are variances")
     model.load_state_dict({**{k: own[k] for k in counters}, **state})
 
 

@@ -79,7 +79,7 @@ def quantize(
         checked = _checked_config(config, model, images)
         network = quantize_model(float_copy(model, images[:PROBE_IMAGES]), checked)
         calibrate(network, images, checked)
-        settings = recon_settings(checked)
+        settings = recon_settings(checked, len(images))
         engine = choose_engine(settings.compile)
         for result in reconstruct(network, images, settings, checked.process.seed, engine=engine):
             logger.info("unit %s: error %.5g -> %.5g", result.name, result.error_before, result.error_after)
@@ -97,9 +97,13 @@ def save_quantized(model: QuantizedModel, path: StrPath) -> None:
     """Save a quantized model, integers packed at their bit-width; a file of that name is replaced.
 
     Raises:
-        UserError: the file cannot be written, or the model is none of :func:`quantize`'s.
+        UserError: the file cannot be written, or the model is none of :func:`quantize`'s, or was changed.
     """
     _require_quantized(model)
+    for name, value in model.network.state_dict().items():
+        if value.is_floating_point() and value.dtype != torch.float32:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UserError(f"the model's {name} is {kind}, allowed is float32; save it before converting")
     content = checkpoint_content(model.network, model.config, model.metadata)
     write_atomically(Path(path), lambda file: torch.save(content, file))
 

@@ -176,6 +176,7 @@ def load_checkpoint(path: Path) -> tuple[QuantResNet, EasyDict, dict[str, Any]]:
         _fill(model, content["layers"], layers(model), _fill_layer)
         _fill(model, content["activations"], quantizers(model), _fill_activation)
         metadata = dict(content["metadata"])
+        json.dumps(metadata)  # plain values alone
     except UserError:
         raise
     except Exception as error:  # whatever a wrong kind of value, at any place, makes the code above raise

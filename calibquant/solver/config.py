@@ -384,7 +384,7 @@ KEYS: list[Key] = [
     Key(
         "data.mean",
         [0.485, 0.456, 0.406],
-        sequence(number(-1e6), "a list of three numbers", 3),
+        sequence(number(-1e6, 1e6), "a list of three numbers from -1e6 to 1e6", 3),
         "subtracted from each channel of an image in [0, 1]",
     ),
     Key(

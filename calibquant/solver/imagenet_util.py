@@ -7,6 +7,7 @@ raises inside a loader: it travels as its name and the reason, so that whoever r
 
 import hashlib
 import logging
+import multiprocessing.queues
 import os
 import signal
 import stat
@@ -364,9 +365,15 @@ def collate(items: list[tuple[Tensor | Unreadable, int]]) -> Batch:
     return Batch(images, targets, [image for image, _ in items if isinstance(image, Unreadable)])
 
 
-def end_quietly_on_sigterm(_worker: int) -> None:
-    """In a data-loading process: a signal to the whole job ends it, with no report by the main process."""
+def end_with_the_job(_worker: int) -> None:
+    """In a data-loading process: a signal to the whole job ends it, with no report by the main process.
+
+    So does a batch that cannot be handed over, for want of shared memory or with too long a TMPDIR. It
+    would only be printed by the thread that hands over, and the main process would wait for it without end.
+    """
     signal.signal(signal.SIGTERM, lambda _signal, _frame: os._exit(0))
+    end = staticmethod(lambda _error, _batch: os._exit(1))
+    multiprocessing.queues.Queue._on_queue_feeder_error = end  # type: ignore[attr-defined]
 
 
 def make_loader(
@@ -380,7 +387,7 @@ def make_loader(
         num_workers=min(data.num_workers, os.cpu_count() or 1),
         pin_memory=data.pin_memory and torch.cuda.is_available(),
         collate_fn=collate,
-        worker_init_fn=end_quietly_on_sigterm,
+        worker_init_fn=end_with_the_job,
         generator=torch.Generator().manual_seed(config.process.seed),
     )
 
@@ -496,6 +503,12 @@ def batches(loader: DataLoader[Any], description: str, silent: bool = False) -> 
     yield from tqdm(loader, desc=description, leave=False, disable=silent or None, unit="batch")
 
 
+NO_NUMBERS = (
+    "the network's logits hold NaN or infinity: weights, data.mean or data.std do not suit the images"
+)
+"""Said of a network that cannot be scored."""
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -510,9 +523,10 @@ def evaluate(
         peers: processes with the other parts of the images.
 
     Raises:
-        UserError: an image is unreadable (unless ``skip_unreadable``), or none can be read.
+        UserError: an image is unreadable (unless ``skip_unreadable``), or none can be read, or a logit
+            is no number.
     """
-    hits = torch.zeros(2, dtype=torch.int64, device=device)
+    hits = torch.zeros(3, dtype=torch.int64, device=device)
     peers, images, skipped = peers or Peers(), 0, 0
     with settled(model):
         for batch in batches(loader, "evaluate", silent=not peers.leads):
@@ -522,9 +536,11 @@ def evaluate(
             logits = model(batch.images.to(device, non_blocking=True))
             targets = batch.targets.to(device, non_blocking=True)
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-            hits += torch.stack([ranked[:, 0].sum(), ranked.sum()])
+            hits += torch.stack([ranked[:, 0].sum(), ranked.sum(), (~logits.isfinite()).sum()])
             images += len(targets)
-    top1, top5, images, skipped = peers.total([*hits.tolist(), images, skipped])
+    top1, top5, no_numbers, images, skipped = peers.total([*hits.tolist(), images, skipped])
     if not images:
         raise UserError("val folder: no image in it can be read")
+    if no_numbers:
+        raise UserError(NO_NUMBERS)
     return Score(100.0 * top1 / images, 100.0 * top5 / images, images, skipped)

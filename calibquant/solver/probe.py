@@ -6,6 +6,7 @@ and rounding is to nearest: nothing is learned. Float activations are carried fr
 measurement runs the unit and what follows it. No I/O happens here.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from calibquant.model.quant_layer import layers
 from calibquant.model.quant_resnet import QuantResNet, Unit
 from calibquant.quantization.fake_quant import FakeQuantize, Role
 from calibquant.quantization.state import calibrating, full_precision, quantizers, quantizing_only
+from calibquant.solver.imagenet_util import NO_NUMBERS
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,11 @@ class Reference:
     targets: list[Tensor] | None = None
 
     def compare(self, outputs: Iterable[Tensor]) -> Cost:
-        """How far other logits for the same batches are from these."""
+        """How far other logits for the same batches are from these.
+
+        Raises:
+            UserError: a logit is no number.
+        """
         images = agreements = hits = 0
         divergence = 0.0
         for number, (expected, found) in enumerate(zip(self.logits, outputs, strict=True)):
@@ -99,6 +105,8 @@ class Reference:
             divergence += float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
             if self.targets is not None:
                 hits += int((predicted == self.targets[number]).sum())
+        if not math.isfinite(divergence):
+            raise UserError(NO_NUMBERS)
         top1 = None if self.targets is None else 100 * hits / images
         return Cost(divergence / images, 100 * agreements / images, top1)
 

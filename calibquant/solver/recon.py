@@ -266,7 +266,7 @@ def reconstruct_unit(unit: Unit, data: UnitData, means: Means, generator: torch.
         result.moved = share_that_differs(began, weight_codes(unit.module))
         harden(unit.module)
         after = unit_errors(unit.module, data, means)
-    if not after.deciding <= start.deciding:
+    if not after.deciding <= start.deciding or math.isinf(after.deciding):
         take_back(unit, kept)
         harden(unit.module)
         after, result.moved, result.reverted = start, 0.0, True

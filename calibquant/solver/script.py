@@ -76,11 +76,12 @@ def for_user(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         # torch raises it wherever the program is by then
         return (
-            f"a data-loading process has ended ({words[:300]}), most likely out of memory; "
-            "lower data.num_workers or data.batch_size"
+            f"a data-loading process has ended ({words[:300]}), most likely out of memory, or of shared "
+            "memory (/dev/shm), or with too long a TMPDIR; "
+            "lower data.num_workers (0: none) or data.batch_size"
         )
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+    if known or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)):
         return f"out of memory: {words[:300]}; {_SMALLER}"
     return None
 
@@ -105,6 +106,8 @@ def add_saved_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""In errors of torch that are of no kind of their own: of the CPU, of page-locked memory, of a graph."""
 _SMALLER = "lower data.batch_size, quant.recon.batch_size or quant.calibrate, or unset quant.recon.keep_gpu"
 
 
