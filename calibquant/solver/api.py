@@ -65,8 +65,9 @@ def quantize(
         calibration_images: ``[N, 3, H, H]``, normalised as in training; about a thousand, without labels.
         config: nested keys of the README's configuration reference, as a dict or in a YAML file. What is
             left out has its default; `model` and `data.input_size` follow from the model and the images.
-            `data.mean` and `data.std` change nothing here, but are written down with the result; other keys
-            of `data`, `quant.calibrate` and `process.deterministic` mean nothing here.
+            `data.batch_size` is that of range calibration. `data.mean` and `data.std` change nothing here,
+            but are written down with the result; other keys of `data`, `quant.calibrate` and
+            `process.deterministic` mean nothing here.
 
     Returns:
         The quantized model, in evaluation mode.
