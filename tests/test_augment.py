@@ -87,4 +87,4 @@ def test_the_memory_estimate_counts_views(tmp_path):
 
 
 class _Small:
-    caches = step = 1
+    caches = compensation = step = 1

@@ -2,23 +2,25 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from calibquant.errors import UserError
-from calibquant.solver import recon
-from calibquant.solver.cache_plan import Room, choose_store, estimate, room
+from calibquant.solver import cache_plan, recon
+from calibquant.solver.cache_plan import Need, Room, choose_store, estimate, room
 from calibquant.solver.caches import FileStore, Store, UnitData, batches_of, run_batched, staged_batches
 from calibquant.solver.fast import FastEngine
 from calibquant.solver.learn import Engine
 from calibquant.solver.pipeline import recon_settings
-from calibquant.solver.recon import reconstruct
+from calibquant.solver.recon import reconstruct, store_for
 from tests.small import calibrated_model, small_config
 
 IMAGES = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-CPU = torch.device("cpu")
-GIB = 2**30
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+MIB, GIB = 2**20, 2**30
 
 
 class CountingStore(Store):
@@ -134,6 +136,112 @@ def test_no_room_anywhere_is_one_line_that_names_the_key(tmp_path):
 def test_what_is_free_is_asked_of_the_machine(tmp_path):
     free = room(CPU, tmp_path)
     assert 2**20 < free.host < 2**50 and free.device == free.host and free.disk > 0
+
+
+def test_what_torch_keeps_of_freed_gpu_memory_is_free(tmp_path, monkeypatch):
+    kept = [3 * GIB]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5 * GIB - sum(kept), 8 * GIB))
+    assert room(GPU, tmp_path).device == 5 * GIB
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "prefix"),
+    [(".", "max", "current", ""), ("memory", "limit_in_bytes", "usage_in_bytes", "total_")],
+    ids=["cgroup v2", "cgroup v1"],
+)
+def test_files_that_a_container_has_read_leave_its_memory_free(
+    folder, limit, used, prefix, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cache_plan, "CGROUP", tmp_path)
+    group = tmp_path / folder
+    group.mkdir(exist_ok=True)
+    (group / f"memory.{limit}").write_text(f"{20 * MIB}\n")
+    (group / f"memory.{used}").write_text(f"{19 * MIB}\n")
+    assert room(CPU, tmp_path).host == MIB
+    for inactive, free in ((10, 16), (30, 20)):  # never more than the limit
+        lines = f"anon 7\n{prefix}inactive_file {inactive * MIB}\n{prefix}active_file {5 * MIB}\n"
+        (group / "memory.stat").write_text(lines)
+        assert room(CPU, tmp_path).host == free * MIB
+
+
+def chosen(device, room, folder, monkeypatch, **changes):
+    """The store for a network on a device that need not be there: caches 10, compensation 4, a step 3."""
+    settings = recon_settings(small_config(**changes))
+    monkeypatch.setattr(cache_plan, "estimate", lambda *_: Need(10 * GIB, 4 * GIB, 3 * GIB))
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *_: x)
+    model = SimpleNamespace(buffers=lambda: iter([SimpleNamespace(device=device)]))
+    return choose_store(model, IMAGES, settings, folder, free=lambda *_: room)
+
+
+@pytest.mark.parametrize(
+    ("device", "room", "where"),
+    [
+        ("cuda", (16, 0, 0), "cuda"),  # 10 + 4: compensation is over when the first step begins
+        ("cuda", (15, 16, 0), "cpu"),
+        ("cuda", (4, 16, 0), "cpu"),  # a step on the GPU, all else in host memory
+        ("cuda", (4, 15, 12), "files"),
+        ("cuda", (4, 4, 12), None),  # compensation's rows are in host memory also then
+        ("cpu", (16, 16, 0), "cpu"),
+        ("cpu", (15, 15, 12), "files"),
+    ],
+)
+def test_a_step_s_memory_is_what_compensation_had_before(device, room, where, tmp_path, monkeypatch):
+    room = Room(*(size * GIB for size in room))
+    if where is None:
+        with pytest.raises(UserError, match=r"need about 4\.0 GiB of host memory"):
+            chosen(torch.device(device), room, tmp_path, monkeypatch)
+        return
+    store = chosen(torch.device(device), room, tmp_path, monkeypatch)
+    assert isinstance(store, FileStore) == (where == "files")
+    assert store.device.type == ("cpu" if where == "files" else where)
+
+
+def test_compensation_s_rows_are_estimated_apart_from_the_caches():
+    needs = []
+    for compensate in (False, True):
+        model, settings = small_model(quant__recon__compensate=compensate)
+        needs.append(estimate(model, IMAGES[:1], len(IMAGES), settings))
+    without, with_them = needs
+    assert (with_them.caches, with_them.step) == (without.caches, without.step)
+    assert without.compensation == 0 < with_them.compensation
+
+
+def test_caches_for_a_gpu_are_plain_host_memory(tmp_path, monkeypatch):
+    """Page-locked they would take up to twice what was estimated, and no copy would be faster."""
+    settings = recon_settings(small_config(quant__recon__keep_gpu=False))
+    named = store_for(settings, GPU)
+    found = chosen(GPU, Room(8 * GIB, 20 * GIB, 0), tmp_path, monkeypatch, quant__recon__keep_gpu=False)
+    assert [(store.device, store.pinned) for store in (named, found)] == [(CPU, False)] * 2
+
+
+class Copies(TorchDispatchMode):
+    """Between which devices and types tensors are copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if operation in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[1] if operation is torch.ops.aten.copy_.default else args[0]
+            self.seen.append((source.device.type, source.dtype, result.device.type, result.dtype))
+        return result
+
+
+def test_what_goes_to_a_device_is_converted_there_and_what_comes_back_before():
+    x = torch.rand(10, 4, 3, 3).half()
+    with Copies() as there:  # the device that only knows shapes
+        run_batched(lambda t: t, [x], 4, torch.device("meta"), Store(torch.device("meta"), torch.float32))
+    assert there.seen[:2] == [
+        ("cpu", torch.float16, "meta", torch.float16),
+        ("meta", torch.float16, "meta", torch.float32),
+    ]
+    with Copies() as back:
+        result = run_batched(lambda t: t / 3, [x], 10, CPU, Store(CPU, torch.float16))
+    assert back.seen[-1] == ("cpu", torch.float16, "cpu", torch.float16)
+    assert torch.equal(result, (x.float() / 3).half())
 
 
 def test_values_beyond_float16_are_kept_in_float32():

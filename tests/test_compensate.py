@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from calibquant.model.quant_layer import QuantConv2d, QuantLinear, layers
 from calibquant.model.quant_resnet import layer_units
@@ -241,6 +242,31 @@ def test_descent_in_blocks_is_descent_one_by_one(monkeypatch):
         monkeypatch.setattr("calibquant.quantization.compensation.BLOCK", block)
         found.append(next(descent(w, second, grid, steps))[1])
     assert torch.equal(*found)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that are kernels on a GPU, which are all that make no view."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += not operation.is_view
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("work", "most"), [("compensated_steps", 8), ("descent", 12)])
+def test_few_kernels_are_launched_for_a_column(work, most):
+    counts = []
+    for inputs in (20, 60):
+        w, second, grid, steps = problem(inputs=inputs)
+        moments = Moments(second, torch.zeros_like(w))
+        with Launches() as launches:
+            if work == "descent":
+                next(descent(w, second, grid, steps))
+            else:
+                assert compensated_steps(w, moments, 0.1, grid) is not None
+        counts.append(launches.count)
+    assert counts[1] - counts[0] <= 40 * most
 
 
 def test_a_weight_waits_where_it_would_be_were_it_alone_not_rounded():

@@ -20,7 +20,7 @@ from calibquant.errors import UserError
 from calibquant.solver import imagenet_util, main_imagenet, recon
 from calibquant.solver.checkpoint import load_checkpoint
 from calibquant.solver.config import load_config
-from calibquant.solver.distributed import Team
+from calibquant.solver.distributed import PeerLostError, Team, talking
 from calibquant.solver.main_distributed import main, require_equal_shares
 from calibquant.solver.peers import Peers
 from calibquant.solver.pipeline import recon_settings
@@ -374,3 +374,10 @@ def test_without_torchrun_one_line_says_how_to_start(monkeypatch, capsys):
         run_script(main)
     assert stopped.value.code == 2
     assert "torchrun --nproc_per_node" in only(errors(capsys.readouterr().err))
+
+
+def test_memory_that_lacks_in_this_process_is_not_told_as_a_lost_one():
+    full, gone = torch.OutOfMemoryError("no room"), RuntimeError("Connection closed by peer")
+    for error, expected in ((full, torch.OutOfMemoryError), (gone, PeerLostError)):
+        with pytest.raises(expected), talking():
+            raise error

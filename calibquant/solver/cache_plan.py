@@ -24,6 +24,8 @@ SPARE = 0.9
 """Share of what is free that a run may take."""
 TENSORS_PER_SITE = 4
 """Tensors of a step for each quantizer and each input: value, output, gradient, one in passing."""
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells the limits of the control group."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,13 @@ class Need:
 
     Attributes:
         caches: activations of all images.
+        compensation: what stands between a unit's layers for the images that compensation looks at, in
+            memory even where the caches are files; freed before the unit's first step.
         step: one optimisation step, on the working device.
     """
 
     caches: int
+    compensation: int
     step: int
 
 
@@ -59,7 +64,7 @@ def estimate(model: QuantResNet, image: Tensor, count: int, settings: ReconSetti
     size = CACHE_TYPES[settings.cache].itemsize
     here = {"x": image}
     stored = {"x": image.numel() * image.element_size()}  # of both networks: the images are shared
-    caches = step = 0
+    caches = compensation = step = 0
     units = model.units(settings.granularity, settings.merge)
     for index, unit in enumerate(units):
         inputs = [here[name] for name in unit.reads]
@@ -69,20 +74,21 @@ def estimate(model: QuantResNet, image: Tensor, count: int, settings: ReconSetti
         out = unit.module(*inputs)
         target = out.numel() * size
         over = unit.writes in unit.reads and out.shape == here[unit.writes].shape and index > 0
-        carried = count * (sum(stored.values()) + target + (0 if over else target))
+        caches = max(caches, count * (sum(stored.values()) + target + (0 if over else target)))
         if settings.compensate:  # inputs, and what stands between a unit's layers, of both networks
             seen = number_of_rows(count, out[0, 0].numel())
-            carried += seen * 2 * size * (elements + out.numel())
-        caches = max(caches, carried)
+            compensation = max(compensation, seen * 2 * size * (elements + out.numel()))
         here[unit.writes], stored[unit.writes] = out, 2 * target
         still_read = live_names(units[index + 1 :])
         stored = {name: bytes_ for name, bytes_ in stored.items() if name in still_read}
-    return Need(caches, step)
+    return Need(caches, compensation, step)
 
 
 def room(device: torch.device, folder: Path) -> Room:
     """What is free now on a device, in host memory (its control group's limit counts) and in a folder."""
     host = _host_memory()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what calibration freed counts as used as long as torch keeps it
     on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
     return Room(on_device, host, shutil.disk_usage(folder).free)
 
@@ -113,23 +119,28 @@ def choose_store(
     found = free(device, folder)
     have = Room(found.device, found.host // processes, found.disk // processes)
     on_gpu, cpu = device.type == "cuda", torch.device("cpu")
-    logger.info("memory: activations %s, a step %s", _size(need.caches), _size(need.step))
+    in_turn = max(need.compensation, need.step)
+    beside = need.compensation if on_gpu else in_turn  # in host memory, wherever the caches are
+    logger.info(
+        "memory: activations %s, compensation %s, then a step %s",
+        *map(_size, (need.caches, need.compensation, need.step)),
+    )
     if need.step > SPARE * have.device:
         raise UserError(
             f"a step of quant.recon.batch_size {settings.batch_size} needs about {_size(need.step)}, "
             f"{_size(have.device)} are free on {device}; lower quant.recon.batch_size"
         )
     if on_gpu and settings.keep_gpu:
-        if need.caches + need.step <= SPARE * have.device:
+        if need.caches + in_turn <= SPARE * have.device:
             return Store(device, dtype)
         logger.warning("%s are free on the GPU: activations stay in host memory", _size(have.device))
-    if need.caches + (0 if on_gpu else need.step) <= SPARE * have.host:
-        return Store(cpu, dtype, pinned=on_gpu)
+    if need.caches + beside <= SPARE * have.host:
+        return Store(cpu, dtype)
     which = f"{count} images (quant.calibrate x quant.recon.views)"
     if need.caches <= SPARE * have.disk:
         copies = 1 if count == len(images) else 2  # as the store lays them out, and with their views
         drawn = len(images) if settings.match_views else 0  # one view at a time
-        staying = (copies * count + drawn) * images[0].nbytes + (0 if on_gpu else need.step)
+        staying = (copies * count + drawn) * images[0].nbytes + beside
         if staying > SPARE * have.host:
             raise UserError(
                 f"{which} need about {_size(staying)} of host memory themselves, wherever activations are; "
@@ -159,11 +170,21 @@ def _host_memory() -> int:
         return 2**50
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
     free = int(lines["MemAvailable"].split()[0]) * 1024
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    for group, limit, used, prefix in (
+        (CGROUP, "memory.max", "memory.current", ""),
+        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
-        words = [Path(name).read_text().strip() if Path(name).exists() else "" for name in (limit, used)]
+        words = [
+            path.read_text().strip() if path.exists() else "" for path in (group / limit, group / used)
+        ]
         if words[0].isdigit() and words[1].isdigit():
-            free = min(free, max(0, int(words[0]) - int(words[1])))
+            taken = max(0, int(words[1]) - _page_cache(group / "memory.stat", prefix))
+            free = min(free, max(0, int(words[0]) - taken))
     return free
+
+
+def _page_cache(stat: Path, prefix: str) -> int:
+    """Bytes of files that were read: they count as used, but make way for whatever needs memory."""
+    lines = stat.read_text().splitlines() if stat.exists() else []
+    numbers = dict(line.split(maxsplit=1) for line in lines)
+    return sum(int(numbers.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))

@@ -47,7 +47,8 @@ class Store:
     Args:
         device: where they live.
         dtype: of their elements; float16 only for tensors whose values fit.
-        pinned: page-locked host memory, for copies to a GPU that do not wait.
+        pinned: page-locked host memory, for copies to a GPU that do not wait. For few and small tensors:
+            each takes a power of two of bytes, and torch keeps them.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, pinned: bool = False) -> None:
@@ -127,14 +128,15 @@ def run_batched(
     count, result = len(inputs[0]), over
     for start in range(0, count, batch):
         rows = slice(start, start + batch)
-        out = function(*(x[rows].to(device, torch.float32, non_blocking=True) for x in inputs))
+        # to the device and back as they are kept: half the bytes, and converted there
+        out = function(*(x[rows].to(device, non_blocking=True).float() for x in inputs))
         if result is None:
             result = store.empty((count, *out.shape[1:]), store.dtype)
         if result.dtype == torch.float16 and bool(out.abs().max() > FP16_MAX):
             wide = store.empty(tuple(result.shape), torch.float32)
             wide[:start] = result[:start]
             result = wide
-        result[rows] = out
+        result[rows] = out.to(result.dtype)
     assert result is not None
     return result
 

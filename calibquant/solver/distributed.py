@@ -69,7 +69,7 @@ class Team(Peers):
         sizes = [tensor.numel() for tensor in tensors]
         flat = self._buffer(sum(sizes), tensors[0].device)
         parts = [p.view(t.shape) for p, t in zip(flat.split(sizes), tensors, strict=True)]
-        with torch.no_grad(), _talking():
+        with torch.no_grad(), talking():
             for part, tensor in zip(parts, tensors, strict=True):
                 part.copy_(tensor)
             dist.all_reduce(flat)
@@ -85,19 +85,19 @@ class Team(Peers):
 
     def mean(self, value: float, count: int) -> float:
         weighted = torch.tensor([value * count, count], dtype=torch.float64)
-        with _talking():
+        with talking():
             dist.all_reduce(weighted)
         return float(weighted[0] / weighted[1])
 
     def total(self, counts: list[int]) -> list[int]:
         summed = torch.tensor(counts, dtype=torch.int64)
-        with _talking():
+        with talking():
             dist.all_reduce(summed)
         return [int(each) for each in summed]
 
     def from_first(self, make: Callable[[], T]) -> T:
         made: list[Any] = [make() if self.leads else None]
-        with _talking():
+        with talking():
             dist.broadcast_object_list(made, src=0, device=torch.device("cpu"))
         first: T = made[0]
         return first
@@ -108,7 +108,7 @@ class Team(Peers):
         shapes = self.from_first(lambda: [tensor.shape for tensor in tensors])
         for tensor, shape in zip(tensors, shapes, strict=True):
             value = tensor.detach().contiguous() if self.leads else tensor.new_empty(shape)
-            with _talking():
+            with talking():
                 dist.broadcast(value, src=0)
             if tensor.shape == shape:
                 tensor.copy_(value)  # keeps the layout
@@ -122,7 +122,7 @@ class Team(Peers):
             UserError: in all of them, where it differs.
         """
         found: list[Any] = [None] * self.size
-        with _talking():
+        with talking():
             dist.all_gather_object(found, checksum(dict(module.state_dict())))
         differ = [rank for rank, each in enumerate(found) if each != found[0]]
         if differ:
@@ -189,11 +189,13 @@ def _exit_code(error: BaseException) -> int:
 
 
 @contextmanager
-def _talking() -> Iterator[None]:
-    """Inside, a process that is gone is one line."""
+def talking() -> Iterator[None]:
+    """Inside, a process that is gone is one line; memory that lacks here is not taken for one."""
     try:
         yield
     except RuntimeError as error:
+        if for_user(error):
+            raise
         reason = one_line(error)[:200]
         raise PeerLostError(
             f"another process of this job has ended or cannot be reached ({reason}); "
@@ -219,7 +221,7 @@ def team() -> Iterator[Team]:
             value = printable(os.environ[name], 80)
             raise UserError(f"the environment variable {name} is {value}, allowed is an integer")
     _end_with_parent()
-    with _talking():
+    with talking():
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)

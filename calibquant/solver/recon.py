@@ -175,11 +175,8 @@ def unit_seed(seed: int, index: int, rank: int) -> int:
 
 
 def store_for(settings: ReconSettings, device: torch.device) -> Store:
-    """The store that the settings name: on the device, or in page-locked host memory for a GPU."""
-    dtype = CACHE_TYPES[settings.cache]
-    if settings.keep_gpu or device.type == "cpu":
-        return Store(device, dtype)
-    return Store(torch.device("cpu"), dtype, pinned=True)
+    """The store that the settings name: on the device or, for a GPU, in host memory."""
+    return Store(device if settings.keep_gpu else torch.device("cpu"), CACHE_TYPES[settings.cache])
 
 
 @contextmanager
