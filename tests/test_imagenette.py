@@ -101,10 +101,40 @@ def test_a_failed_download_is_one_line_and_leaves_nothing_that_looks_whole(
     assert exit_code.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: Imagenette could not be downloaded") and error.count("\n") == 1
-    assert not (tmp_path / "imagenette2").exists()
+    assert names(tmp_path) == []
 
     fake.failure = None
     assert len(images(prepare_imagenette(tmp_path, num=5) / "val")) == 12
+
+
+def test_of_two_runs_at_once_neither_spoils_what_the_other_extracts(
+    tmp_path: Path, fake: type[FakeImagenette], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Overtaken(FakeImagenette):
+        def __init__(self, root: Path, split: str, size: str, download: bool) -> None:
+            (Path(root) / "imagenette2" / "train" / "half").mkdir(parents=True)
+            monkeypatch.setattr(torchvision.datasets, "Imagenette", fake)
+            prepare_imagenette(tmp_path, num=7)
+            super().__init__(root, split, size, download)
+
+    monkeypatch.setattr(torchvision.datasets, "Imagenette", Overtaken)
+    folder = prepare_imagenette(tmp_path, num=7)
+    assert [len(images(folder / name)) for name in ("train", "val", "sel")] == [12, 12, 7]
+    assert names(folder / "train") == WNIDS
+    assert names(tmp_path) == ["imagenette2"]
+
+
+def test_a_set_that_another_run_makes_meanwhile_is_kept(
+    tmp_path: Path, fake: type[FakeImagenette], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overtaken(train: Path, out: Path, num: int) -> Path:
+        monkeypatch.setattr(imagenette, "select_calibration", select)
+        prepare_imagenette(tmp_path, num=7)
+        return select(train, out, num)
+
+    select = imagenette.select_calibration
+    monkeypatch.setattr(imagenette, "select_calibration", overtaken)
+    assert len(images(prepare_imagenette(tmp_path, num=7) / "sel")) == 7
 
 
 def test_an_incomplete_folder_is_named(tmp_path: Path, fake: type[FakeImagenette]) -> None:

@@ -97,6 +97,16 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         quickstart.write_digits(tmp_path / "file" / "digits")
 
 
+def test_a_folder_in_the_networks_place_is_named_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quickstart, "train", lambda _: pytest.fail("the network was trained first"))
+    (tmp_path / "resnet18_digits.pth").mkdir()
+    with pytest.raises(UserError, match=r"resnet18_digits\.pth: is a folder"):
+        quickstart.prepare(tmp_path)
+    assert not (tmp_path / "digits").exists()
+
+
 def test_the_mean_and_deviation_of_the_configs_are_those_of_the_images(config: EasyDict) -> None:
     images, targets = quickstart.read_training_images(config)
     assert images.shape == (1343, 3, 16, 16) and targets.unique().tolist() == list(range(10))

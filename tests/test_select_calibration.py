@@ -227,6 +227,14 @@ def test_what_is_wrong_is_one_clear_line(train: Path, prepare, options: dict, me
     assert sorted(train.parent.iterdir()) == before
 
 
+def test_a_set_inside_of_the_train_folder_is_refused_where_that_is_a_link(train: Path) -> None:
+    link = train.parent / "link"
+    link.symlink_to("train")
+    for inside in (link / "sel", train / "sel"):
+        with pytest.raises(UserError, match="allowed is a folder outside of the train folder"):
+            select_calibration(link, inside, num=5)
+
+
 def test_a_place_that_takes_no_file_is_named_before_any_image_is_read(
     train: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,8 +306,12 @@ def dangle(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
+def stretch(path: Path) -> None:
+    Image.new("RGB", (1, 3000)).save(path)
+
+
 SPOIL = pytest.mark.parametrize(
-    "spoil", [truncate, dangle, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"GIF89a")]
+    "spoil", [truncate, dangle, stretch, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"GIF89a")]
 )
 
 
@@ -325,6 +337,18 @@ def test_another_class_steps_in_where_a_class_has_no_other_image(train: Path) ->
     truncate(train / WNIDS[1] / "0.JPEG")
     folder = select_calibration(train, num=14, strategy="class_balanced")
     assert images_of(folder) == [f for f in images_of(train) if f != f"{WNIDS[1]}/0.JPEG"]
+
+
+def test_names_of_files_reach_the_terminal_on_one_printable_line(
+    train: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_image(train / "stray\n\x1b[31m.JPEG", 0)
+    (train / WNIDS[0] / "0.JPEG").rename(train / WNIDS[0] / "0\x1b[2J.JPEG")
+    (train / WNIDS[0] / "1\x1b[2J.JPEG").write_bytes(b"no image")
+    for seed in range(5):
+        select_calibration(train, train.parent / str(seed), num=4, seed=seed)
+    assert any("replaced by" in message for message in caplog.messages)
+    assert all(message.isprintable() for message in caplog.messages), caplog.messages
 
 
 @pytest.mark.parametrize("num", [4, 12])

@@ -27,9 +27,11 @@ from calibquant.solver.activation_statistics import (
     statistics_distance,
 )
 from calibquant.solver.calibration_score import float_reference, ranges_cost, statistics_distances
+from calibquant.solver.checkpoint import checksum
 from calibquant.solver.imagenet_util import load_calibration
-from calibquant.solver.pipeline import calibrate, quantize_model
+from calibquant.solver.pipeline import calibrate, float_model, quantize_model
 from calibquant.solver.probe import Reference
+from calibquant.solver.rank_sets import find_set
 from calibquant.solver.script import run_script
 from calibquant.solver.select_calibration import select_calibration
 from calibquant.solver.selection import (
@@ -204,6 +206,12 @@ def test_exchanges_end_where_no_single_exchange_helps_and_every_class_stays():
         assert norm(chosen) < norm(start)
         for place, new in itertools.product(range(8), set(range(24)) - set(chosen)):
             assert norm([*chosen[:place], new, *chosen[place + 1 :]]) >= norm(chosen) - 1e-9
+
+
+def test_what_is_not_a_number_is_no_improvement():
+    gram = np.eye(4)
+    gram[3] = gram[:, 3] = np.nan
+    assert exchange(gram, [0, 1]) == [0, 1]
 
 
 def test_images_for_centres_are_those_of_the_least_sum_of_distances():
@@ -385,6 +393,31 @@ def test_activations_that_overflow_are_one_line(place, tmp_path, model):
         )
 
 
+def test_activations_whose_products_overflow_are_one_line(place, run, tmp_path, model):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["conv1.weight"] *= 1e12
+    torch.save(state, place / "large.pth")
+    config = write_config(place, **QUICK, model__path=str(place / "large.pth"))
+    options = ["--config", config, "--strategy", "bn_statistics"]
+    code, _, errors = run(*TRAIN, *options, "--num", 8, "--out", tmp_path / "sel")
+    assert code == 2 and errors.startswith("error: activations of the float network are too large"), errors
+    assert errors.count("\n") == 1 and not (tmp_path / "sel").exists()
+
+
+@EACH_POOL_STRATEGY
+def test_the_manifest_names_the_network_that_chose(place, strategy, tmp_path, model):
+    def make(weights: str) -> dict:
+        reader = PoolReader(small_config(model__path=str(place / weights)), CPU)
+        train, out = place / "imagenet" / "train", tmp_path / weights
+        return manifest_of(select_calibration(train, out, 8, strategy=strategy, pool_reader=reader))
+
+    torch.save({name: value * 1.01 for name, value in model.state_dict().items()}, place / "other.pth")
+    one, two = make("float.pth"), make("other.pth")
+    assert one["model"] == two["model"] == small_config().model.type
+    loaded = float_model(small_config(model__path=str(place / "float.pth")))
+    assert one["float_weights"] == checksum(dict(loaded.state_dict())) != two["float_weights"]
+
+
 CONFIG = ["--config", "config0.yaml"]
 TRAIN = ["--train", "imagenet/train"]
 BY_STATISTICS = [*TRAIN, *CONFIG, "--strategy", "bn_statistics"]
@@ -418,6 +451,10 @@ BY_STATISTICS = [*TRAIN, *CONFIG, "--strategy", "bn_statistics"]
             "--reference: calibration folder x",
         ),
         (["--score", "imagenet/train", *CONFIG, "--json", "."], "--json .: is a folder"),
+        (
+            ["--score", "imagenet/train", *CONFIG, "--json", "config0.yaml"],
+            "--json is config0.yaml, allowed",
+        ),
         (["--score", "empty.txt", *CONFIG], "--score empty.txt: cannot be read as a list of images: it is"),
         (["--score", "binary.txt", *CONFIG], "--score binary.txt: cannot be read as a list of images"),
         (["--score", "wrong.txt", *CONFIG], "--score wrong.txt: a/b.JPEG is no file in"),
@@ -440,12 +477,33 @@ def test_what_is_wrong_is_one_line_and_code_2(place, run, arguments, words):
     assert code == 2 and errors.startswith(f"error: {words}") and errors.count("\n") == 1, errors
 
 
+@pytest.mark.parametrize("respell", ["./{}", "../train/{}", "{train}/{}", "link"])
+def test_a_list_names_no_image_twice_however_it_is_spelled(place, tmp_path, respell):
+    train = place / "imagenet" / "train"
+    name = next(train.rglob("*.JPEG")).relative_to(train)
+    (tmp_path / "link").symlink_to(train / name)
+    other = tmp_path / "link" if respell == "link" else respell.format(name, train=train)
+    (tmp_path / "list.txt").write_text(f"{name}\n{other}\n")
+    with pytest.raises(UserError, match="is listed twice"):
+        find_set(tmp_path / "list.txt", train)
+
+
+def test_a_link_that_loops_is_an_unreadable_image(place, run, tmp_path):
+    config = write_config(place, **QUICK, data__skip_unreadable=True)
+    shutil.copytree(place / "imagenet" / "train" / WNIDS[0], tmp_path / "set" / WNIDS[0])
+    (tmp_path / "set" / WNIDS[0] / "a.JPEG").symlink_to("b.JPEG")
+    (tmp_path / "set" / WNIDS[0] / "b.JPEG").symlink_to("a.JPEG")
+    code, lines, errors = run("--score", tmp_path / "set", "--config", config)
+    assert code == 0, errors
+    assert lines[-1].split()[:2] == [str(tmp_path / "set"), "8"]
+
+
 def test_a_set_of_which_nothing_can_be_read_is_named(place, run):
-    write_config(place, **QUICK, data__skip_unreadable=True)
+    config = write_config(place, **QUICK, data__skip_unreadable=True)
     (place / "dark").mkdir()
     (place / "dark" / "1.JPEG").write_bytes(b"no image")
     for by in ("statistics", "ranges"):
-        code, _, errors = run("--score", "imagenet/train", "dark", "--config", "config1.yaml", "--by", by)
+        code, _, errors = run("--score", "imagenet/train", "dark", "--config", config, "--by", by)
         assert code == 2 and errors.startswith("error: --score dark: no image of it can be read")
 
 

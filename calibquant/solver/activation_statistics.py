@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from calibquant.errors import UserError
 from calibquant.quantization.state import watching
 
 Features = Callable[[Tensor, Tensor], Tensor]
@@ -138,9 +139,17 @@ def gram_matrix(moments: Tensor, weights: Tensor, features: Features) -> Tensor:
         moments: ``[n, 2, C]``.
         weights: ``[C]``.
         features: :func:`deviation_features` or :func:`image_features`.
+
+    Raises:
+        UserError: activations are so large that a product is not finite.
     """
     gram = torch.zeros(len(moments), len(moments), dtype=torch.float64)
     for some, share in zip(moments.split(BLOCK, dim=2), weights.split(BLOCK), strict=True):
         block = features(some, share)
         gram += block @ block.T
+    if not gram.isfinite().all():
+        raise UserError(
+            "activations of the float network are too large, allowed are activations whose statistics' "
+            "products are finite in float32; see model.path"
+        )
     return gram

@@ -5,8 +5,8 @@ python ./calibquant/solver/imagenette.py
 
 import argparse
 import logging
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the package is two folders up
@@ -46,29 +46,46 @@ def prepare_imagenette(root: Path, num: int = 1024) -> Path:
     if calibration.exists():
         logger.info("%s: is there already", calibration)
     else:
-        select_calibration(folder / "train", calibration, num=num)
+        try:
+            select_calibration(folder / "train", calibration, num=num)
+        except UserError:
+            if not calibration.exists():
+                raise
+            logger.info("%s: another run was first", calibration)  # and sets appear whole
     return folder
 
 
 def download(root: Path) -> None:
     """Download and extract Imagenette (1.5 GB) aside, then move it to ``root/imagenette2``.
 
-    An interrupted extraction thus never looks like the whole; a whole archive is used again.
+    An interrupted extraction thus never looks like the whole. Each run has a folder of its own, so that
+    none touches what another extracts; whichever is first has its tree kept.
 
     Raises:
         UserError: it failed.
     """
-    aside = root / ".imagenette2.download"
+    folder = root / "imagenette2"
     logger.info("downloading Imagenette, about 1.5 GB, to %s", root)
     try:
-        shutil.rmtree(aside / "imagenette2", ignore_errors=True)
-        aside.mkdir(parents=True, exist_ok=True)
-        torchvision.datasets.Imagenette(aside, split="train", size="full", download=True)
-        (aside / "imagenette2").rename(root / "imagenette2")
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=".imagenette2-", dir=root, ignore_cleanup_errors=True
+        ) as aside:
+            torchvision.datasets.Imagenette(aside, split="train", size="full", download=True)
+            move(Path(aside) / folder.name, folder)
     except Exception as error:  # network, archive and disk each raise their own
         reason = one_line(error) or type(error).__name__
         raise UserError(f"Imagenette could not be downloaded to {root}: {reason}") from error
-    shutil.rmtree(aside, ignore_errors=True)
+
+
+def move(tree: Path, folder: Path) -> None:
+    """Move a tree into place, unless another run was first."""
+    try:
+        tree.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        logger.info("%s: another run was first", folder)
 
 
 if __name__ == "__main__":

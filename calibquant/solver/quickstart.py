@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from calibquant.errors import UserError
 from calibquant.model.load import build_model
+from calibquant.paths import is_dir
 from calibquant.report.run_data import read_mapping
 from calibquant.solver.config import config_name, load_config
 from calibquant.solver.files import write_atomically
@@ -66,8 +67,14 @@ def main() -> None:
 
 
 def prepare(root: Path) -> None:
-    """Write the images and train the float network, each only where it is not there yet."""
+    """Write the images and train the float network, each only where it is not there yet.
+
+    Raises:
+        UserError: see :func:`write_digits`, or a folder is where the network is to be.
+    """
     images, weights = root / "digits", root / "resnet18_digits.pth"
+    if is_dir(weights):
+        raise UserError(f"{weights}: is a folder, allowed is a file or nothing; remove it")
     if images.is_dir():
         print(f"{images}: already there")
     else:

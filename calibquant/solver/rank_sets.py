@@ -1,5 +1,6 @@
 """What ``select_calibration.py --score`` does: find sets, run their images, rank the sets, show a table."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,11 +73,19 @@ def find_set(given: Path, train: Path, option: str = "--score") -> ImageSet:
         paths = [path for path, _ in list_samples(given, classes, what)]
         return ImageSet(str(given), paths, [str(path.relative_to(given)) for path in paths])
     names = sorted(_read_lines(given, option), key=lambda name: Path(name).parts)  # as a folder's are
-    for before, name in zip([None, *names], names, strict=False):
-        if name == before or not is_file(train / name):
-            reason = "listed twice" if name == before else f"no file in {train}"
+    seen: set[Path] = set()
+    for name in names:
+        image = _resolved(train / name) if is_file(train / name) else None  # a path has many spellings
+        if image is None or image in seen:
+            reason = "listed twice" if image else f"no file in {train}"
             raise UserError(f"{option} {given}: {printable(name, 200)} is {reason}")
+        seen.add(image)
     return ImageSet(str(given), [train / name for name in names], names)
+
+
+def _resolved(path: Path) -> Path:
+    """A path without links; unlike Path.resolve, no error for a link that loops: it is unreadable."""
+    return Path(os.path.realpath(path))
 
 
 def _read_lines(path: Path, option: str) -> list[str]:
@@ -110,7 +119,7 @@ def rank_sets(
     """
     reader = Reader(as_they_are(config), device, skip=config.data.skip_unreadable)
     # a set of links and the train folder that it links to share their images
-    sets = [ImageSet(one.given, [path.resolve() for path in one.paths], one.names) for one in sets]
+    sets = [ImageSet(one.given, list(map(_resolved, one.paths)), one.names) for one in sets]
     union = list(dict.fromkeys(path for one in sets for path in one.paths))
     scorers: dict[str, Callable[[], list[Any]]] = {
         "statistics": lambda: score_statistics(sets, union, reader),

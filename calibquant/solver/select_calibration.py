@@ -80,9 +80,11 @@ def score(args: argparse.Namespace, config: EasyDict | None) -> None:
     if args.reference and "ranges" not in args.by:
         raise UserError("--reference does nothing without --by ranges")
     if args.json:
-        require_writable(args.json.parent)
         if is_dir(args.json):
             raise UserError(f"--json {args.json}: is a folder, allowed is the name of a file")
+        if not args.json.name.endswith(".json"):  # it replaces what is there: no config, no list of images
+            raise UserError(f"--json is {args.json}, allowed is a name that ends in .json")
+        require_writable(args.json.parent)
     train = args.train or expand(config.data.path) / "train"
     sets = [find_set(given, train) for given in args.score]
     reference = find_set(args.reference, train, "--reference") if args.reference else None
@@ -136,7 +138,12 @@ def select_calibration(
     if pool_reader is not None and strategy in POOL_STRATEGIES:
         pool = pool_reader.read(train, candidates, num, draw, cover)
         chosen = POOL_STRATEGIES[strategy](pool, num, draw, cover)
-        measured = {"candidates": len(pool.files), "statistics_distance": pool.distance(chosen)}
+        measured = {
+            "model": pool_reader.config.model.type,
+            "float_weights": pool.network,
+            "candidates": len(pool.files),
+            "statistics_distance": pool.distance(chosen),
+        }
     else:
         chosen = STRATEGIES[strategy](candidates, num, draw, cover)
     hashes = keep_readable(train, candidates, chosen, draw, cover)
@@ -179,7 +186,7 @@ def _check_size(train: Path, candidates: Candidates, num: int, seed: int, cover:
 def _check_place(folder: Path, train: Path) -> None:
     if os.path.lexists(folder):
         raise UserError(f"{folder}: exists already; remove it, or give another folder with --out")
-    if folder.is_relative_to(train):
+    if folder.is_relative_to(train) or folder.is_relative_to(train.resolve()):  # it may be a link itself
         raise UserError(f"--out {folder}: allowed is a folder outside of the train folder")
     if is_file(folder.parent):
         raise UserError(f"--out {folder}: cannot be written: Not a directory")
@@ -332,7 +339,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SET",
         help="images on which ranges compares outputs (default: those of all sets)",
     )
-    group.add_argument("--json", type=Path, metavar="FILE", help="write the ranking as JSON, too")
+    group.add_argument("--json", type=Path, metavar="FILE.json", help="write the ranking as JSON, too")
 
 
 if __name__ == "__main__":

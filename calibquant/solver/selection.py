@@ -41,11 +41,13 @@ class Pool:
         files: as in :data:`Candidates`.
         moments: of each, ``[n, 2, C]``.
         weights: of channels, ``[C]``.
+        network: SHA-256 over the network's own weights.
     """
 
     files: list[str]
     moments: Tensor
     weights: Tensor
+    network: str = ""
 
     def distance(self, files: list[str]) -> float:
         """:func:`statistics_distance` of a set of these files."""
@@ -150,7 +152,7 @@ def exchange(
             if classes is not None and members is not None and members[classes[old]] == 1:
                 gain[classes != classes[old]] = -np.inf
             new = int(gain.argmax())
-            if gain[new] <= least:
+            if not gain[new] > least:  # nor where it is NaN
                 continue
             chosen[place], improved = new, True
             inside[old], inside[new] = False, True

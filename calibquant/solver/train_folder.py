@@ -11,15 +11,26 @@ import torch
 from easydict import EasyDict
 from tqdm import tqdm
 
-from calibquant.errors import UserError
+from calibquant.errors import UserError, printable
 from calibquant.solver.activation_statistics import channel_weights, image_moments
+from calibquant.solver.checkpoint import checksum
 from calibquant.solver.image_reader import Reader, as_they_are
-from calibquant.solver.imagenet_util import imagenet_wnids, images_inside, is_image, read_image, subfolders
+from calibquant.solver.imagenet_util import (
+    ResizeShorter,
+    imagenet_wnids,
+    images_inside,
+    is_image,
+    read_image,
+    subfolders,
+)
 from calibquant.solver.pipeline import float_model
 from calibquant.solver.script import one_line
 from calibquant.solver.selection import Candidates, Pool, choose_random, class_of, spare
 
 logger = logging.getLogger("calibquant")
+
+RESIZE = ResizeShorter(256)
+"""As configs usually read images: it refuses what calibration would refuse."""
 
 
 def list_candidates(train: Path, classes: str) -> Candidates:
@@ -46,7 +57,7 @@ def list_candidates(train: Path, classes: str) -> Candidates:
             raise UserError(f"train folder {train}: class folder {folder.name} holds no image")
     for path in sorted(train.iterdir()):
         if is_image(path) and not path.is_dir():
-            logger.warning("%s: ignored, it is in no class folder", path)
+            logger.warning("%s: ignored, it is in no class folder", printable(str(path)))
     return candidates
 
 
@@ -79,13 +90,14 @@ def keep_readable(
                     ) from error
                 file = other
                 taken.add(file)
-                logger.warning("%s: cannot be read (%s), replaced by %s", train / unreadable, error, file)
+                lost, instead = printable(str(train / unreadable)), printable(file)
+                logger.warning("%s: cannot be read (%s), replaced by %s", lost, error, instead)
     check_covered(train, candidates, hashes, cover)
     return hashes
 
 
 def hash_readable(path: Path) -> str:
-    """SHA-256 of an image file that Pillow can decode.
+    """SHA-256 of an image file that Pillow can decode, and that is not too long to be resized.
 
     Raises:
         ValueError: it cannot be read; the reason on one line.
@@ -93,7 +105,7 @@ def hash_readable(path: Path) -> str:
     try:
         if not path.is_file():
             raise ValueError("a broken link, or no regular file")
-        read_image(path)
+        RESIZE(read_image(path))
         content = path.read_bytes()
     except Exception as error:  # a decoder may raise anything on foreign bytes
         raise ValueError(one_line(error) or type(error).__name__) from error
@@ -146,7 +158,7 @@ class PoolReader:
     def _run(self, train: Path, candidates: Candidates, files: list[str], draw: random.Random) -> Pool:
         """What cannot be read gives way to another of its class, or of any where its class has no other."""
         model = float_model(self.config).to(self.device)
-        weights = channel_weights(model)
+        weights, network = channel_weights(model), checksum(dict(model.state_dict()))
         moments = torch.empty(len(files), 2, len(weights))
         reader = Reader(as_they_are(self.config), self.device, skip=True)
         read: list[str] = []
@@ -163,7 +175,7 @@ class PoolReader:
             for file in lost:
                 other = spare(file, candidates, taken, draw)
                 if other is not None:
-                    logger.warning("%s: replaced by %s", train / file, other)
+                    logger.warning("%s: replaced by %s", printable(str(train / file)), printable(other))
                     taken.add(other)
                     waiting.append(other)
-        return Pool(read, moments[: len(read)], weights)
+        return Pool(read, moments[: len(read)], weights, network)
