@@ -61,10 +61,11 @@ def load_weights(model: ResNet, type: str, path: str | None) -> None:
                 f"{name}: {key} is {str(value.dtype).removeprefix('torch.')} ({value.layout}), "
                 "allowed are dense floating-point weights"
             )
-        if not bool(torch.isfinite(value.float()).all()):
+        numbers = value.float()
+        if not bool(torch.isfinite(numbers).all()):
             raise UserError(f"{name}: {key} holds NaN or infinity, or what float32 cannot hold")
-        if key.endswith("running_var") and bool((value.float() < 0).any()):
-            raise UserError(f"{name}: {key} holds {float(value.float().min()):g}, allowed are variances")
+        if key.endswith("running_var") and bool((numbers < 0).any()):
+            raise UserError(f"{name}: {key} holds {float(numbers.min()):g}, allowed are variances")
     model.load_state_dict({**{k: own[k] for k in counters}, **state})
 
 
