@@ -376,6 +376,36 @@ def test_without_torchrun_one_line_says_how_to_start(monkeypatch, capsys):
     assert "torchrun --nproc_per_node" in only(errors(capsys.readouterr().err))
 
 
+WAITING = """
+import ctypes, sys, time
+from calibquant.solver.distributed import end_though_waiting
+from calibquant.solver.script import run_script
+
+def wait():
+    end_though_waiting(1.0)
+    print("ready", flush=True)
+    if sys.argv[1] == "in Python":
+        time.sleep(60)
+    lock, libc = ctypes.create_string_buffer(256), ctypes.CDLL(None)
+    libc.pthread_mutex_lock(lock)
+    libc.pthread_mutex_lock(lock)  # without end, and no signal interrupts it
+
+run_script(wait)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("where", "words"), [("in Python", "interrupted\n"), ("in a library", "")])
+def test_a_signal_ends_a_process_that_waits_where_python_handles_none(number, where, words):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, where], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, words)
+
+
 def test_memory_that_lacks_in_this_process_is_not_told_as_a_lost_one():
     full, gone = torch.OutOfMemoryError("no room"), RuntimeError("Connection closed by peer")
     for error, expected in ((full, torch.OutOfMemoryError), (gone, PeerLostError)):

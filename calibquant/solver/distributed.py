@@ -10,6 +10,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +44,8 @@ TIMEOUT = timedelta(days=1)
 One that ends is noticed at once, by its closed connections."""
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells its processes."""
+UNHEARD = 20.0
+"""Seconds after a signal until a process that did not end of it is ended; torchrun kills after 30."""
 _INTERRUPTED = 130
 _END = "calibquant_end"
 """The store's key under which the first process to end early leaves its exit code and its words."""
@@ -221,6 +225,7 @@ def team() -> Iterator[Team]:
             value = printable(os.environ[name], 80)
             raise UserError(f"the environment variable {name} is {value}, allowed is an integer")
     _end_with_parent()
+    end_though_waiting(UNHEARD)
     with talking():
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -246,6 +251,25 @@ def _end_with_parent() -> None:
     set_parent_death_signal = 1  # prctl(2)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def end_though_waiting(seconds: float) -> None:
+    """End this process so many seconds after SIGTERM or SIGINT if it has not ended of it by then.
+
+    Python handles signals between its own instructions alone. A process that waits in NCCL for one that
+    is gone never gets there, and would keep its GPU.
+    """
+    heard, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)  # written to at once, whatever Python does
+
+    def watch() -> None:
+        while os.read(heard, 1)[0] not in (signal.SIGTERM, signal.SIGINT):
+            pass
+        time.sleep(seconds)
+        os._exit(_INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class TeamState(RunState):
