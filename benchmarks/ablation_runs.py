@@ -97,9 +97,10 @@ class Scorer:
     def __init__(self, config: EasyDict, device: torch.device, others: Sequence[Sample] = ()) -> None:
         self.config, self.device = config, device
         self.model = float_model(config).to(device)
-        self.loaders = [validation_loader(config)]
+        self.loaders = [validation_loader(config, device)]
         if others:
-            self.loaders.append(make_loader(list(others), evaluation_transform(config.data), config))
+            transform = evaluation_transform(config.data)
+            self.loaders.append(make_loader(list(others), transform, config, device))
 
     @cached_property
     def identity(self) -> str:

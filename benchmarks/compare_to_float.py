@@ -43,7 +43,7 @@ def main() -> None:
 def compare(reference, quantized, config, device) -> dict[str, float]:
     """Both networks over the val images, against each other and against the classes."""
     expected, found, targets = [], [], []
-    for batch in batches(validation_loader(config), "compare"):
+    for batch in batches(validation_loader(config, device), "compare"):
         report_unreadable(batch, config.data.skip_unreadable)
         if not len(batch.images):
             continue

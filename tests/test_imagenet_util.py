@@ -150,6 +150,15 @@ def test_images_that_are_kept_keep_no_files_open(root: Path) -> None:
     assert len(kept) == 69
 
 
+def test_batches_are_page_locked_for_a_gpu_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``--device cpu`` a GPU that may be full or broken is not touched."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config, gpu = make_config(root, pin_memory=True), torch.device("cuda", 0)
+    assert not validation_loader(config).pin_memory and not validation_loader(config, CPU).pin_memory
+    assert validation_loader(config, gpu).pin_memory
+    assert not validation_loader(make_config(root, pin_memory=False), gpu).pin_memory
+
+
 def test_classes_by_folders_or_by_a_list(root: Path, tmp_path: Path) -> None:
     assert class_names(make_config(root, classes="folders").data) == sorted(SOME)
     listed = tmp_path / "classes.txt"

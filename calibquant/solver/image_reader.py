@@ -47,7 +47,8 @@ class Reader:
             UserError: an image is unreadable and ``skip`` is false.
         """
         data, place = self.config.data, 0
-        loader = make_loader([(path, -1) for path in paths], calibration_transform(data), self.config)
+        samples = [(path, -1) for path in paths]
+        loader = make_loader(samples, calibration_transform(data), self.config, self.device)
         for batch in batches(loader, description):
             self.unreadable |= {item.path for item in report_unreadable(batch, self.skip)}
             count = len(batch.images) + len(batch.unreadable)

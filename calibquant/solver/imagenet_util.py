@@ -35,6 +35,8 @@ from calibquant.solver.peers import Peers
 
 logger = logging.getLogger("calibquant")
 
+CPU = torch.device("cpu")
+
 Sample = tuple[Path, int]
 """An image file and its class index, -1 where its class does not matter."""
 
@@ -377,15 +379,22 @@ def end_with_the_job(_worker: int) -> None:
 
 
 def make_loader(
-    samples: list[Sample], transform: Callable[[Image.Image], Tensor], config: EasyDict
+    samples: list[Sample],
+    transform: Callable[[Image.Image], Tensor],
+    config: EasyDict,
+    device: torch.device = CPU,
 ) -> DataLoader[Any]:
-    """Batches in order, the tail batch included."""
+    """Batches in order, the tail batch included.
+
+    Args:
+        device: where they will be used: for a GPU they may be page-locked (`data.pin_memory`).
+    """
     data = config.data
     return DataLoader(
         ImageDataset(samples, transform, config.process.seed),
         batch_size=data.batch_size,
         num_workers=min(data.num_workers, os.cpu_count() or 1),
-        pin_memory=data.pin_memory and torch.cuda.is_available(),
+        pin_memory=data.pin_memory and device.type == "cuda",
         collate_fn=collate,
         worker_init_fn=end_with_the_job,
         generator=torch.Generator().manual_seed(config.process.seed),
@@ -409,10 +418,13 @@ def validation_samples(config: EasyDict) -> list[Sample]:
     return samples
 
 
-def validation_loader(config: EasyDict, samples: list[Sample] | None = None) -> DataLoader[Any]:
+def validation_loader(
+    config: EasyDict, device: torch.device = CPU, samples: list[Sample] | None = None
+) -> DataLoader[Any]:
     """Batches of images as they are scored.
 
     Args:
+        device: see :func:`make_loader`.
         samples: None for all of ``val/``.
 
     Raises:
@@ -420,7 +432,7 @@ def validation_loader(config: EasyDict, samples: list[Sample] | None = None) -> 
     """
     if samples is None:
         samples = validation_samples(config)
-    return make_loader(samples, evaluation_transform(config.data), config)
+    return make_loader(samples, evaluation_transform(config.data), config, device)
 
 
 def load_calibration(config: EasyDict, asked_by: str = "quant.calibrate") -> Calibration:

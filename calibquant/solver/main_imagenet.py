@@ -86,7 +86,7 @@ def quantize(
     with run.stage("load"):
         model = peers.from_first(lambda: float_model(config))
         scored = validation_samples(config)
-        validation = validation_loader(config, scored[peers.share(len(scored), "val")])
+        validation = validation_loader(config, device, scored[peers.share(len(scored), "val")])
         calibration = load_calibration(config)
         images = calibration.sha256, names_and_sizes(scored)
         state.require_same(identity(config, model, *images, device, peers.size))

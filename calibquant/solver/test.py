@@ -25,7 +25,7 @@ def main() -> None:
     with start_run("test_log", config) as run:
         device = choose_device(args.device)
         model = float_model(config).to(device)
-        validation = validation_loader(config)
+        validation = validation_loader(config, device)
         with run.stage("evaluate_float"):
             score = evaluate(model, validation, device, config.data.skip_unreadable)
             logger.info("%s", score.in_full)

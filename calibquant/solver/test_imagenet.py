@@ -31,7 +31,7 @@ def main() -> None:
         require_agreement(config, saved, path)
         logger.info("quantized model %s", path)
         logger.debug("made with %s", metadata)
-        validation = validation_loader(config)
+        validation = validation_loader(config, device)
         with run.stage("evaluate_quantized"):
             score = evaluate(model.to(device), validation, device, config.data.skip_unreadable)
             logger.info("%s", score.in_full)
