@@ -223,6 +223,9 @@ def _mistakes(place: Path) -> dict[str, tuple[list[str], str]]:
         "foreign weights": (config(model__path=str(wrong)), "missing"),
         "unset variable": (config(data__path="${NO_SUCH_VARIABLE}/x"), "NO_SUCH_VARIABLE"),
         "no gpu": ([*config(), "--device", "cuda"], "--device cuda"),
+        "unknown device": ([*config(), "--device", "gpu"], "argument --device: invalid choice: 'gpu'"),
+        "unknown argument": ([*config(), "--frech"], "--frech"),
+        "no config": (["main_imagenet"], "--config"),
         "missing model": (
             ["test_imagenet", "--config", config()[2], "--quantized_model_path", "none.pth"],
             "none.pth",

@@ -133,7 +133,7 @@ def class_names(data: EasyDict) -> list[str]:
     if data.classes == "imagenet":
         return imagenet_wnids()
     if data.classes == "folders":
-        return [folder.name for folder in subfolders(expand(data.path) / "val", "val folder")]
+        return [folder.name for folder in subfolders(expand(data.path) / "val", "data.path: val folder")]
     path = expand(data.classes)
     try:
         if not path.is_file() or path.stat().st_size > MAX_CLASSES_BYTES:
@@ -413,8 +413,8 @@ def validation_samples(config: EasyDict) -> list[Sample]:
             f"model.kwargs.num_classes is {config.model.kwargs.num_classes}, but data.classes "
             f"({config.data.classes}) lists {len(classes)} classes"
         )
-    samples = list_samples(expand(config.data.path) / "val", classes, "val folder")
-    require_classes(samples, f"val folder {config.data.path}/val")
+    samples = list_samples(expand(config.data.path) / "val", classes, "data.path: val folder")
+    require_classes(samples, f"data.path: val folder {config.data.path}/val")
     return samples
 
 
@@ -447,7 +447,7 @@ def load_calibration(config: EasyDict, asked_by: str = "quant.calibrate") -> Cal
     """
     data = config.data
     folder = expand(data.path) / expand(data.calibration)
-    samples = list_samples(folder, class_names(data), "calibration folder")
+    samples = list_samples(folder, class_names(data), "data.calibration: calibration folder")
     wanted = config.quant.calibrate
     if wanted < len(samples):
         samples = [samples[index] for index in drawn(len(samples), wanted, config.process.seed)]

@@ -3,7 +3,6 @@
 python ./calibquant/solver/imagenette.py
 """
 
-import argparse
 import logging
 import sys
 import tempfile
@@ -15,14 +14,14 @@ if __package__ in (None, ""):  # run as a file: the package is two folders up
 import torchvision
 
 from calibquant.errors import UserError
-from calibquant.solver.script import one_line, run_script
+from calibquant.solver.script import Parser, one_line, run_script
 from calibquant.solver.select_calibration import select_calibration
 
 logger = logging.getLogger("calibquant")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--root", type=Path, default=Path("imagenet"), help="default: imagenet")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)

@@ -42,7 +42,7 @@ from calibquant.solver.imagenet_util import (
     validation_loader,
 )
 from calibquant.solver.pipeline import fix_randomness
-from calibquant.solver.script import run_script
+from calibquant.solver.script import Parser, run_script
 
 CONFIGS = Path(__file__).resolve().parents[2] / "exp" / "quickstart"
 PIXELS = 16
@@ -323,7 +323,7 @@ def broken_claims(w4a4: Row, w2a4: Row) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="write the images and train the float network")
     command.add_argument("--root", default="quickstart", help="folder to write (default: quickstart)")

@@ -35,7 +35,7 @@ from calibquant.report.record import (
 from calibquant.report.run_data import read_run
 from calibquant.solver.files import write_bytes, write_json
 from calibquant.solver.imagenet_util import Calibration
-from calibquant.solver.script import one_line, run_script
+from calibquant.solver.script import Parser, one_line, run_script
 
 logger = logging.getLogger("calibquant")
 
@@ -155,7 +155,7 @@ def _ranges(model: QuantResNet, counts: list[ActivationCounts]) -> list[dict[str
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, with its metrics.json")
     parser.add_argument(
         "--output", help="file to write (default: RUN/report.html, or ./compare.html for several runs)"

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -86,11 +86,21 @@ def for_user(error: Exception) -> str | None:
     return None
 
 
+class Parser(argparse.ArgumentParser):
+    """Shows a description as it is written, and says in one line what is wrong with an argument."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawTextHelpFormatter} | settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {printable(message)}\n")
+
+
 def config_parser(
     description: str | None, config_help: str = "YAML file, see exp/", device: bool = True
 ) -> argparse.ArgumentParser:
     """A parser with the options that every script on a config has: ``--config`` and mostly ``--device``."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=description)
     parser.add_argument("--config", required=True, help=config_help)
     if device:
         parser.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")

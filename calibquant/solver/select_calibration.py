@@ -28,7 +28,7 @@ from calibquant.paths import expand, is_dir, is_file
 from calibquant.solver.config import load_config
 from calibquant.solver.files import require_writable, write_json
 from calibquant.solver.rank_sets import SCORES, as_json, find_set, rank_sets, table
-from calibquant.solver.script import choose_device, run_script
+from calibquant.solver.script import Parser, choose_device, run_script
 from calibquant.solver.selection import POOL_STRATEGIES, STRATEGIES, Candidates, class_of
 from calibquant.solver.train_folder import PoolReader, keep_readable, list_candidates
 
@@ -231,7 +231,7 @@ def link_default(folder: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--train", type=Path, help="folder that holds <class>/<image>")
     parser.add_argument("--num", type=int, default=1024, help="images in the set (default: 1024)")
     parser.add_argument("--seed", type=int, default=1, help="another seed, another set (default: 1)")
