@@ -190,6 +190,8 @@ def _read(path: Path, where: str) -> dict[str, Any]:
     Raises:
         UserError: it is none.
     """
+    if not path.exists():
+        raise UserError(f"{where}: no such file")
     try:
         if not is_zip(path):
             raise ValueError("it is no zip")
