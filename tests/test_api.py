@@ -167,7 +167,7 @@ def test_only_what_quantize_returns_is_saved_or_exported(tmp_path):
     for refuse in (calibquant.save_quantized, calibquant.export_onnx):
         with pytest.raises(calibquant.UserError, match="allowed is what calibquant"):
             refuse(nn.Linear(2, 2), tmp_path / "x.onnx")
-    with pytest.raises(calibquant.UserError, match=r"nowhere\.pth: no such file"):
+    with pytest.raises(calibquant.UserError, match=r"nowhere\.pth: No such file"):
         calibquant.load_quantized(tmp_path / "nowhere.pth")
 
 

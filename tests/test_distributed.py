@@ -377,11 +377,12 @@ def test_without_torchrun_one_line_says_how_to_start(monkeypatch, capsys):
 
 
 WAITING = """
-import ctypes, sys, time
+import ctypes, signal, sys, time
 from calibquant.solver.distributed import end_though_waiting
 from calibquant.solver.script import run_script
 
 def wait():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started without it
     end_though_waiting(1.0)
     print("ready", flush=True)
     if sys.argv[1] == "in Python":
@@ -401,6 +402,9 @@ def test_a_signal_ends_a_process_that_waits_where_python_handles_none(number, wh
         [sys.executable, "-c", WAITING, where], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "ready\n"
+    state = Path(f"/proc/{process.pid}/stat")
+    while state.read_text().rpartition(") ")[2][0] != "S":  # it waits, and does not only go to
+        time.sleep(0.01)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, words)

@@ -190,8 +190,10 @@ def _read(path: Path, where: str) -> dict[str, Any]:
     Raises:
         UserError: it is none.
     """
-    if not path.exists():
-        raise UserError(f"{where}: no such file")
+    try:
+        path.stat()
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}") from error
     try:
         if not is_zip(path):
             raise ValueError("it is no zip")
