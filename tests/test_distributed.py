@@ -377,7 +377,7 @@ def test_without_torchrun_one_line_says_how_to_start(monkeypatch, capsys):
 
 
 WAITING = """
-import ctypes, signal, sys, time
+import ctypes, os, signal, sys, time
 from calibquant.solver.distributed import end_though_waiting
 from calibquant.solver.script import run_script
 
@@ -387,6 +387,17 @@ def wait():
     print("ready", flush=True)
     if sys.argv[1] == "in Python":
         time.sleep(60)
+    if sys.argv[1] == "with a fork":
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGTERM, lambda _signal, _frame: os._exit(0))
+            print("ready", flush=True)
+            time.sleep(60)
+        sys.stdin.readline()
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        time.sleep(3)
+        return
     lock, libc = ctypes.create_string_buffer(256), ctypes.CDLL(None)
     libc.pthread_mutex_lock(lock)
     libc.pthread_mutex_lock(lock)  # without end, and no signal interrupts it
@@ -403,11 +414,21 @@ def test_a_signal_ends_a_process_that_waits_where_python_handles_none(number, wh
     )
     assert process.stdout.readline() == "ready\n"
     state = Path(f"/proc/{process.pid}/stat")
-    while state.read_text().rpartition(") ")[2][0] != "S":  # it waits, and does not only go to
+    while state.read_text().rpartition(") ")[2][0] == "R":  # it goes to wait, and does not yet
         time.sleep(0.01)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, words)
+
+
+def test_a_data_loading_process_that_is_ended_does_not_end_the_one_that_it_works_for():
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, "with a fork"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    _, errors = process.communicate("\n", timeout=60)
+    assert (process.returncode, errors) == (0, "")
 
 
 def test_memory_that_lacks_in_this_process_is_not_told_as_a_lost_one():

@@ -262,6 +262,8 @@ def end_though_waiting(seconds: float) -> None:
     heard, tell = os.pipe()
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell, warn_on_full_buffer=False)  # written to at once, whatever Python does
+    # what ends a data-loading process, a fork of this one, is not meant for this one
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
     def watch() -> None:
         while os.read(heard, 1)[0] not in (signal.SIGTERM, signal.SIGINT):
