@@ -41,6 +41,7 @@ from calibquant.solver.learn import (
     Engine,
     ReconSettings,
     bfloat16_instructions,
+    bfloat16_pays,
     learn_unit,
     learning,
     start_rounding,
@@ -166,14 +167,15 @@ def measure(
     args: argparse.Namespace,
 ) -> dict[str, object]:
     """Median seconds of a step on each path; the paths take turns."""
-    narrow = replace(settings, precision="bf16")
     fast = FastEngine(always=True)  # of both precisions: each would throw away what the other has compiled
     paths: dict[str, Runner] = {
         "floor": lambda steps: floor(unit, data, settings, steps),
         "plain": lambda steps: ours(unit, data, settings, Engine(), device, steps),
         "fast": lambda steps: ours(unit, data, settings, fast, device, steps),
-        "fast_bf16": lambda steps: ours(unit, data, narrow, fast, device, steps),
     }
+    if bfloat16_pays(device):  # elsewhere it would be float32 once more
+        narrow = replace(settings, precision="bf16")
+        paths["fast_bf16"] = lambda steps: ours(unit, data, narrow, fast, device, steps)
     if peer is not None:
         paths["peer"] = lambda steps: peer.steps(unit.name, data, settings, steps)
     medians: dict[str, list[float]] = {name: [] for name in paths}
