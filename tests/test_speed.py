@@ -1,5 +1,6 @@
 """What the benchmark of steps measures with is what it says."""
 
+import argparse
 import sys
 
 import pytest
@@ -36,3 +37,18 @@ def test_each_wanted_unit_comes_with_what_it_learns_from():
     found = list(speed.units_with_data(model, images, settings, device, names[1:]))
     assert [unit.name for unit, _ in found] == names[1:]
     assert all(len(data.target) == 4 for _, data in found)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_bfloat16_has_a_column_only_where_the_steps_would_use_it(monkeypatch, pays):
+    monkeypatch.setattr(speed, "bfloat16_pays", lambda device: pays)
+    for path in ("ours", "floor"):
+        monkeypatch.setattr(speed, path, lambda *given: ([1.0] * given[-1], 1.0))
+    config = small_config()
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    settings, device = recon_settings(config), torch.device("cpu")
+    model = calibrated_model(config, images)
+    unit, data = next(iter(speed.units_with_data(model, images, settings, device, ["stem"])))
+    args = argparse.Namespace(rounds=1, steps=1)
+    row = speed.measure(unit, data, settings, device, None, args)
+    assert ("fast_bf16" in row) == pays == ("fast_bf16" in speed.table([row]))
