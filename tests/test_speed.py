@@ -28,27 +28,30 @@ def test_numbers_that_nothing_can_be_measured_with_are_one_line(monkeypatch, cap
     assert stopped.value.code == 2 and capsys.readouterr().err == f"error: {words}\n"
 
 
-def test_each_wanted_unit_comes_with_what_it_learns_from():
-    config = small_config()
+@pytest.fixture
+def small():
+    """Names of a small network's units, settings, and what gives wanted ones with what they learn from."""
+    config, device = small_config(), torch.device("cpu")
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    model = calibrated_model(config, images)
+    model, settings = calibrated_model(config, images), recon_settings(config)
     names = [unit.name for unit in model.units("block")]
-    settings, device = recon_settings(config), torch.device("cpu")
-    found = list(speed.units_with_data(model, images, settings, device, names[1:]))
+    return names, settings, lambda wanted: speed.units_with_data(model, images, settings, device, wanted)
+
+
+def test_each_wanted_unit_comes_with_what_it_learns_from(small):
+    names, _, units_with_data = small
+    found = list(units_with_data(names[1:]))
     assert [unit.name for unit, _ in found] == names[1:]
     assert all(len(data.target) == 4 for _, data in found)
 
 
 @pytest.mark.parametrize("pays", [True, False])
-def test_bfloat16_has_a_column_only_where_the_steps_would_use_it(monkeypatch, pays):
+def test_bfloat16_has_a_column_only_where_the_steps_would_use_it(monkeypatch, small, pays):
     monkeypatch.setattr(speed, "bfloat16_pays", lambda device: pays)
     for path in ("ours", "floor"):
         monkeypatch.setattr(speed, path, lambda *given: ([1.0] * given[-1], 1.0))
-    config = small_config()
-    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    settings, device = recon_settings(config), torch.device("cpu")
-    model = calibrated_model(config, images)
-    unit, data = next(iter(speed.units_with_data(model, images, settings, device, ["stem"])))
+    names, settings, units_with_data = small
+    ((unit, data),) = units_with_data(names[:1])
     args = argparse.Namespace(rounds=1, steps=1)
-    row = speed.measure(unit, data, settings, device, None, args)
+    row = speed.measure(unit, data, settings, torch.device("cpu"), None, args)
     assert ("fast_bf16" in row) == pays == ("fast_bf16" in speed.table([row]))
