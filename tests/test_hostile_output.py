@@ -157,6 +157,24 @@ def test_a_name_that_is_taken_is_never_overwritten(tmp_path: Path, monkeypatch: 
         assert (folder / "file").read_bytes() == b"mine" and not (folder / "nowhere").exists()
 
 
+def test_a_new_file_has_its_name_at_once_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between two names would leave the first."""
+    try:
+        os.close(os.open(tmp_path, os.O_TMPFILE | os.O_RDWR))
+    except (OSError, AttributeError):
+        pytest.skip("needs files without a name")
+    names, link = [], os.link
+
+    def noting(source: str, name: Path, **settings: Any) -> None:
+        link(source, name, **settings)
+        names.append(name)
+
+    monkeypatch.setattr(os, "link", noting)
+    monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("it had another name before"))
+    write_json(tmp_path / "new.json", {"a": 1})
+    assert names == [tmp_path / "new.json"] == [*tmp_path.iterdir()]
+
+
 def _one_of_many(place: Path, number: int, start: Any) -> None:
     """What a run does at its two ends, in a process of its own, with names that collide often."""
     torch.set_num_threads(1)

@@ -284,6 +284,9 @@ class TeamState(RunState):
     def require_same(self, now: dict[str, str]) -> None:
         self.team.from_first(lambda: super(TeamState, self).require_same(now))
 
+    def logs_to(self, folder: Path) -> None:
+        self.team.from_first(lambda: super(TeamState, self).logs_to(folder))
+
     def score(self, key: str) -> dict[str, Any] | None:
         return self.team.from_first(lambda: super(TeamState, self).score(key))
 

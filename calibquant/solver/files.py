@@ -4,7 +4,8 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,7 +36,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], overwrite: b
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if not _write_unnamed(temporary, write):
+            named = _write_unnamed((path, temporary), write)
+            if named == path:
+                _sync_folder(path.parent)
+                return True
+            if named is None:
                 with temporary.open("xb") as file:
                     _write_synced(file, write)
             return _put_in_place(temporary, path, overwrite)
@@ -55,25 +60,32 @@ def _write_synced(file: BinaryIO, write: Callable[[BinaryIO], None]) -> None:
     os.fsync(file.fileno())
 
 
-def _write_unnamed(path: Path, write: Callable[[BinaryIO], None]) -> bool:
-    """Write a file that gets its name only when it is complete, so that a kill leaves nothing behind.
+def _write_unnamed(names: Sequence[Path], write: Callable[[BinaryIO], None]) -> Path | None:
+    """Write a file that gets its name only when it is complete, so that a kill leaves no half behind.
+
+    Args:
+        names: in one folder; it gets the first of them that is free.
 
     Returns:
-        False where the system or the file system knows no unnamed files, and nothing was written.
+        The name; None where the system or the file system knows no unnamed files, and nothing was written.
     """
     if not hasattr(os, "O_TMPFILE"):
-        return False
+        return None
     try:
-        handle = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o666)
+        handle = os.open(names[0].parent, os.O_TMPFILE | os.O_RDWR, 0o666)
     except OSError:
-        return False
+        return None
     with os.fdopen(handle, "w+b") as file:
         _write_synced(file, write)
-        try:  # src_dir_fd makes os.link follow the link in /proc, see open(2)
-            os.link(f"/proc/self/fd/{handle}", path, src_dir_fd=handle)
-        except OSError:
-            return False
-    return True
+        for name in names:
+            try:  # src_dir_fd makes os.link follow the link in /proc, see open(2)
+                os.link(f"/proc/self/fd/{handle}", name, src_dir_fd=handle)
+                return name
+            except FileExistsError:
+                continue
+            except OSError:
+                break
+    return None
 
 
 def _put_in_place(temporary: Path, path: Path, overwrite: bool) -> bool:
@@ -98,6 +110,13 @@ def _link(source: Path, target: Path) -> None:
             raise
         target.touch(exist_ok=False)  # a file system without links, such as exFAT
         source.replace(target)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a process killed while it gave a file a taken name has left in a folder."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            path.unlink()
 
 
 def require_writable(folder: Path) -> None:

@@ -25,6 +25,7 @@ def main() -> None:
         config = peers.from_first(lambda: load_config(args.config))
         require_equal_shares(config, peers.size)
         with team_state(args.config, args.fresh, peers) as state, team_run(config, peers) as run:
+            state.logs_to(run.folder)
             with interruptible():
                 quantize(config, peers.device(args.device), run, state, peers)
             if peers.leads:

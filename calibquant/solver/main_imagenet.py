@@ -57,6 +57,7 @@ def main() -> None:
     args = parse_arguments()
     config = load_config(args.config)
     with run_state(args.config, args.fresh) as state, start_run("train_log", config) as run:
+        state.logs_to(run.folder)
         with interruptible():
             quantize(config, choose_device(args.device), run, state)
         write_report(run.folder)

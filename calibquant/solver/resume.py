@@ -27,7 +27,7 @@ from calibquant.model.quant_layer import harden
 from calibquant.model.quant_resnet import Unit
 from calibquant.solver.checkpoint import bare, checksum
 from calibquant.solver.config import KEYS, first_difference, lookup, shown
-from calibquant.solver.files import write_atomically, write_json
+from calibquant.solver.files import remove_temporaries, write_atomically, write_json
 from calibquant.solver.learn import TracePoint
 from calibquant.solver.recon import Memory, UnitResult
 from calibquant.solver.run_log import versions
@@ -37,6 +37,8 @@ logger = logging.getLogger("calibquant")
 STATE_ROOT = Path("train_log") / "unfinished"
 IDENTITY = "identity.json"
 """Says of which run a state is; a state without one is of none."""
+LOGS = "log.json"
+"""Says where the run logs, or logged when it was killed."""
 LONGEST_NAME = 100
 """Of a unit, in the name of its state's file."""
 HARMLESS = ("data.num_workers", "data.pin_memory")
@@ -115,6 +117,13 @@ class RunState(Memory):
         done = len(list(self.folder.glob("unit_*.pth")))
         logger.info("continuing an unfinished run: %d units are done (%s)", done, self.folder)
 
+    def logs_to(self, folder: Path) -> None:
+        """Note where this run logs, and clear up where one that was killed did."""
+        path = self.folder / LOGS
+        with suppress(UserError):  # damaged, or there is none: nothing is known of an earlier one
+            remove_temporaries(Path(str(_read_json(path).get("folder"))))
+        write_json(path, {"folder": str(folder)})
+
     def score(self, key: str) -> dict[str, Any] | None:
         """An accuracy that the unfinished run had already measured."""
         path = self.folder / f"score_{key}.json"
@@ -171,7 +180,7 @@ class RunState(Memory):
         """
         try:
             for path in sorted(self.folder.iterdir(), key=lambda path: path.name == IDENTITY):
-                if path.name != "lock":
+                if path.name not in ("lock", LOGS):
                     path.unlink()
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be removed: {error.strerror}") from error
