@@ -1,5 +1,6 @@
 """Small tensors gain nothing from threads, and a loaded machine loses a lot to their waiting."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -11,6 +12,11 @@ from tests.figures import FIGURES
 torch.set_num_threads(1)
 settings.register_profile("no clock", deadline=None)  # a loaded machine may stall for as long as it likes
 settings.load_profile("no clock")
+
+
+def pytest_collection_finish() -> None:
+    """Take what is imported out of garbage collection, which each unit that is learned asks for."""
+    gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -1,5 +1,7 @@
 """Small networks and image trees that several tests share."""
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,14 @@ import torch
 from easydict import EasyDict
 from PIL import Image
 
+from calibquant.model.quant_resnet import QuantResNet
 from calibquant.model.resnet import ResNet
-from calibquant.solver.config import check_config
+from calibquant.solver.config import check_config, plain
 from calibquant.solver.imagenet_util import imagenet_wnids
 from calibquant.solver.pipeline import calibrate, float_model_on_meta, quantize_model
+
+SOON_CALIBRATED = {f"quant__{each}_qconfig__observer": "MinMaxObserver" for each in "wa"}
+"""Changes of a config for runs that are about what comes after their ranges are set."""
 
 
 def small_config(**changes: Any) -> EasyDict:
@@ -52,11 +58,22 @@ def random_float_model(config: EasyDict, seed: int = 0) -> ResNet:
     return model.eval()
 
 
-def calibrated_model(config: EasyDict, images: torch.Tensor):
-    """The random float network quantized and calibrated on the images."""
-    model = quantize_model(random_float_model(config), config)
-    calibrate(model, images, config)
-    return model
+_CALIBRATED: dict[tuple[str, bytes], tuple[QuantResNet, torch.Tensor]] = {}
+"""Networks by what they were calibrated with, and where torch's random numbers stood afterwards."""
+
+
+def calibrated_model(config: EasyDict, images: torch.Tensor) -> QuantResNet:
+    """The random network, quantized and calibrated on the images, which takes seconds the first time."""
+    settings = plain(config)
+    settings["quant"]["recon"] = {"batch_size": config.quant.recon.batch_size}  # all that ranges depend on
+    key = (json.dumps(settings, sort_keys=True), images.numpy().tobytes())
+    if key not in _CALIBRATED:
+        model = quantize_model(random_float_model(config), config)
+        calibrate(model, images, config)
+        _CALIBRATED[key] = model, torch.get_rng_state()
+    model, state = _CALIBRATED[key]
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
 
 
 def write_images(root: Path, classes: list[str], per_class: int, size: int = 20, seed: int = 0) -> None:

@@ -1,6 +1,7 @@
 """Use from Python: torchvision's networks and own data, no YAML and no folders."""
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -210,7 +211,9 @@ def test_importing_the_package_loads_nothing_heavy():
 
 def test_the_example_runs_as_the_readme_says(tmp_path):
     script = ROOT / "examples" / "quantize_own_data.py"
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    few_threads = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in conftest.py
+    command = [sys.executable, script]
+    done = subprocess.run(command, cwd=tmp_path, env=few_threads, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     scores = {
         line.split(":")[0]: float(line.split()[1]) for line in done.stdout.splitlines() if " %" in line

@@ -28,7 +28,14 @@ from calibquant.solver.recon import reconstruct
 from calibquant.solver.resume import run_state
 from calibquant.solver.run_log import start_run
 from calibquant.solver.script import run_script
-from tests.small import calibrated_model, random_float_model, small_config, some_wnids, write_images
+from tests.small import (
+    SOON_CALIBRATED,
+    calibrated_model,
+    random_float_model,
+    small_config,
+    some_wnids,
+    write_images,
+)
 from tests.test_end_to_end import SOLVER, only, script, write_config
 
 IMAGES = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -248,10 +255,9 @@ def place(tmp_path_factory) -> Path:
 
 
 def team_config(place: Path, name: str, **changes) -> Path:
-    observers = {f"quant__{each}_qconfig__observer": "MinMaxObserver" for each in "wa"}
     few = {"quant__recon__iters": 40, "quant__recon__compile": "never"}
     classes = {"model__kwargs__num_classes": 5, "data__classes": "folders"}
-    return write_config(place, data__type=name, **{**observers, **few, **classes, **changes})
+    return write_config(place, data__type=name, **{**SOON_CALIBRATED, **few, **classes, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from calibquant.solver.pipeline import recon_settings
 from calibquant.solver.recon import UnitResult, reconstruct
 from calibquant.solver.resume import RunState, identity, run_state
 from tests.figures import record
-from tests.small import calibrated_model, random_float_model, small_config
+from tests.small import SOON_CALIBRATED, calibrated_model, random_float_model, small_config
 from tests.test_end_to_end import place, script, start, write_config
 
 __all__ = ["place"]
@@ -47,7 +47,7 @@ def checkpoints(folder: Path, name: str) -> list[Path]:
 
 def test_runs_killed_at_random_moments_end_with_the_file_of_an_uninterrupted_one(place):
     changes = {"data__type": "killed", "quant__recon__iters": 25, "quant__recon__drop_prob": 0.5}
-    config = write_config(place, **changes)
+    config = write_config(place, **changes, **SOON_CALIBRATED)
     whole, _ = run_until("calibration: ", config, place)
     began = time.monotonic()
     _, err = whole.communicate()
@@ -198,6 +198,27 @@ def test_a_state_that_a_kill_left_half_forgotten_is_no_other_runs(tmp_path, monk
             state.forget()
 
 
+def test_what_a_kill_left_beside_a_log_is_gone_once_the_run_goes_on(tmp_path):
+    """A file that replaces another has a name of its own for a moment."""
+    killed, next_one, other = (tmp_path / name for name in ("killed", "next", "other"))
+    for folder in (killed, next_one, other):
+        folder.mkdir()
+        (folder / ".metrics.json.0123.tmp").touch()
+        (folder / "metrics.json").touch()
+    with run_state("a.yaml", False, tmp_path) as state:
+        state.logs_to(killed)
+        state.require_same({"config x": "1"})
+        state.keep_score("float", {"top1": 70.0})
+    with run_state("a.yaml", False, tmp_path) as state:
+        state.logs_to(next_one)
+        state.forget()
+    with run_state("a.yaml", False, tmp_path) as state:  # nothing is known of a run that ended
+        state.logs_to(other)
+    left = sorted(path.parent.name for path in tmp_path.rglob(".*.tmp"))
+    assert left == ["next", "other"] and len(list(tmp_path.rglob("metrics.json"))) == 3
+    assert not list(tmp_path.rglob("log.json"))
+
+
 def test_a_unit_of_many_merged_ones_is_kept_under_a_name_that_fits(tmp_path):
     names = [f"layer3.{number}" for number in range(1, 60)]
     units = [Unit("+".join([*names, last]), torch.nn.Linear(1, 1), ("x",), "x") for last in ("a", "b")]
@@ -259,7 +280,7 @@ def heeds_interrupts():
 
 
 def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(place, heeds_interrupts):
-    config = write_config(place, data__type="interrupted", quant__recon__iters=2000)
+    config = write_config(place, data__type="interrupted", quant__recon__iters=2000, **SOON_CALIBRATED)
     process, _ = run_until("unit stem", config, place)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -303,7 +324,7 @@ def test_a_loss_that_is_no_number_ends_the_unit_not_the_run(monkeypatch, quantiz
 
 def test_metrics_of_a_resumed_run_are_complete(place):
     """The units of both halves, and the accuracies measured before the kill."""
-    config = write_config(place, data__type="halves", quant__recon__iters=300)
+    config = write_config(place, data__type="halves", quant__recon__iters=300, **SOON_CALIBRATED)
     process, _ = run_until("unit layer1.0", config, place)
     process.kill()
     process.communicate()

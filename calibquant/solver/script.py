@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gc
 import io
 import logging
 import os
@@ -33,6 +34,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # whatever a terminal or a file cannot show
+    gc.freeze()  # what is imported stays: looking through it took a third of a second after each unit
     try:
         main()
         sys.stdout.flush()
