@@ -3,11 +3,15 @@
 import errno
 import json
 import math
+import os
 import random
 import signal
 import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -22,23 +26,40 @@ from calibquant.solver.recon import UnitResult, reconstruct
 from calibquant.solver.resume import RunState, identity, run_state
 from tests.figures import record
 from tests.small import SOON_CALIBRATED, calibrated_model, random_float_model, small_config
-from tests.test_end_to_end import place, script, start, write_config
+from tests.test_end_to_end import ROOT, place, script, start, write_config
 
 __all__ = ["place"]
 
 IMAGES = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 KILLS = 20
+FORKS = """
+import os, sys
+from calibquant.solver import main_imagenet, script
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        print(os.getpid(), flush=True)
+        script.run_script(main_imagenet.main)
+    print("\\nended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""The main script once for each line that comes in, without the imports, which take most of a small run."""
 
 
 def run_until(beginning: str, config: Path, cwd: Path) -> tuple[subprocess.Popen, list[str]]:
     """The main script, running, once it has printed a line with this beginning; and its lines so far."""
-    process, lines = start("main_imagenet", "--config", str(config), cwd=cwd), []
+    process = start("main_imagenet", "--config", str(config), cwd=cwd)
     assert process.stdout is not None
-    for line in process.stdout:
+    return process, lines_until(beginning, process.stdout)
+
+
+def lines_until(beginning: str, output: IO[str]) -> list[str]:
+    """Lines of an output up to the first with this beginning, or to its end."""
+    lines = []
+    for line in output:
         lines.append(line)
         if line.startswith(beginning):
             break
-    return process, lines
+    return lines
 
 
 def checkpoints(folder: Path, name: str) -> list[Path]:
@@ -50,8 +71,10 @@ def test_runs_killed_at_random_moments_end_with_the_file_of_an_uninterrupted_one
     config = write_config(place, **changes, **SOON_CALIBRATED)
     whole, _ = run_until("calibration: ", config, place)
     began = time.monotonic()
+    assert whole.stdout is not None
+    lines_until("evaluate_quantized: ", whole.stdout)
+    length = 1.2 * (time.monotonic() - began)  # and into the report, which takes longer than all before
     _, err = whole.communicate()
-    length = time.monotonic() - began
     assert whole.returncode == 0, err
     (expected,) = (path.read_bytes() for path in checkpoints(place, "killed"))
     (place / "model_quantized/resnet18_killed_w2_a4").joinpath(
@@ -59,16 +82,28 @@ def test_runs_killed_at_random_moments_end_with_the_file_of_an_uninterrupted_one
     ).unlink()
 
     draw, kills, resumed = random.Random(11), 0, 0
-    while kills < KILLS:
-        # past the imports, which take most of a small run's time
-        process, lines = run_until("calibration: ", config, place)
-        resumed += any(
-            line.startswith("continuing an unfinished run: ") and " 0 units" not in line for line in lines
-        )
-        time.sleep(draw.uniform(0, length))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS, "--config", str(config)],
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as forks:
+        assert forks.stdin is not None and forks.stdout is not None
+        while kills < KILLS:
+            print(file=forks.stdin, flush=True)
+            started, *lines = lines_until("calibration: ", forks.stdout)
+            resumed += any(
+                line.startswith("continuing an unfinished run: ") and " 0 units" not in line
+                for line in lines
+            )
+            time.sleep(draw.uniform(0, length))
+            with suppress(ProcessLookupError):  # done by then
+                os.kill(int(started), signal.SIGKILL)
+            ended = lines_until("ended ", forks.stdout)[-1]
+            kills += ended == f"ended {-signal.SIGKILL}\n"
+        forks.stdin.close()
     done = script("main_imagenet", "--config", str(config), cwd=place)
     assert done.returncode == 0, done.stderr
     files = checkpoints(place, "killed")
