@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from calibquant.quantization.columns import loops_for
+
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 QUESTIONS = (torch.device, torch._C._nn._parse_to, torch._has_compatible_shallow_copy_type)
@@ -223,6 +225,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(torch, "Generator", Generator)
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # else parameters keep their types
+    loops_for.cache_clear()  # of the GPU that there may be
     watched.calls.clear()
     watched.waits.clear()
     try:
@@ -230,4 +233,5 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
             yield watched
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
+        loops_for.cache_clear()
         monkeypatch.undo()

@@ -12,16 +12,15 @@ output channels and ``K`` inputs to each; ``b`` stands for an input in the quant
 what the layer should give for it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from calibquant.quantization.affine import quantize_affine
+from calibquant.quantization.columns import BLOCK, Limits, loops_for
 
-BLOCK = 128
-"""Columns after which the errors are passed on to all others, in one product."""
 MOST = 2.0
 """Largest factor, and its inverse the smallest, by which a step size changes at once."""
 
@@ -57,14 +56,9 @@ class WeightGrid:
         codes = quantize_affine(weight, self.scale, self.zero_point, self.quant_min, self.quant_max)
         return codes - self.zero_point
 
-    def rounding(self) -> Callable[[Tensor], Tensor]:
-        """:meth:`steps` for column after column: what the grid alone decides is computed once.
-
-        On a GPU each operation on a column is a launch that takes longer than the arithmetic.
-        """
-        inverse = 1.0 / self.scale
-        low, high = self.quant_min - self.zero_point, self.quant_max - self.zero_point
-        return lambda column: (column * inverse).round_().clamp_(low, high)
+    def limits(self) -> Limits:
+        """What the loops over columns need of it."""
+        return Limits(self.scale, self.quant_min - self.zero_point, self.quant_max - self.zero_point)
 
 
 def added_error(weight: Tensor, other: Tensor, moments: Moments) -> float:
@@ -97,17 +91,10 @@ def compensated_steps(weight: Tensor, moments: Moments, damping: float, grid: We
     share, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
     if bool(failed.any()):
         return None
-    rounded = grid.rounding()
+    loops, limits = loops_for(left.device), grid.limits()
     for start in range(0, left.shape[2], BLOCK):
         block = slice(start, start + BLOCK)
-        here, inside = left[:, :, block], share[:, block, block]
-        errors = torch.empty_like(here)
-        for column in range(here.shape[2]):
-            value = here[:, :, column, None]  # from here on it stays
-            error = errors[:, :, column, None]
-            torch.sub(value, rounded(value).mul_(grid.scale), out=error)
-            error.div_(inside[:, column, column, None, None])
-            here[:, :, column + 1 :].sub_(error * inside[:, None, column, column + 1 :])
+        errors = loops.round_columns(left[:, :, block], share[:, block, block], limits)
         left[:, :, block.stop :].sub_(errors @ share[:, block, block.stop :])
     return grid.steps(columns(left, order.argsort(dim=1)))
 
@@ -177,20 +164,12 @@ def best_scale(weight: Tensor, second: Tensor, grid: WeightGrid, steps: Tensor) 
 
 def better_steps(weight: Tensor, second: Tensor, grid: WeightGrid, steps: Tensor) -> Tensor:
     """Each weight in turn at the grid point that is best for it as the others are then."""
-    steps, curvature = steps.clone(), second.diagonal(dim1=1, dim2=2)
-    left, rounded = weight - steps * grid.scale, grid.rounding()
+    loops, limits = loops_for(weight.device), grid.limits()
+    steps, left = steps.clone(), weight - steps * grid.scale
     for start in range(0, weight.shape[2], BLOCK):
         block = slice(start, start + BLOCK)
-        inside, slope = second[:, block, block], left @ second[:, :, block]
-        for column in range(slope.shape[2]):
-            at = slice(start + column, start + column + 1)
-            pull = slope[:, :, column, None] / curvature[:, None, at]
-            here = steps[:, :, at]
-            found = rounded((here * grid.scale).add_(pull))
-            change = (found - here).mul_(grid.scale)
-            here.copy_(found)
-            left[:, :, at].sub_(change)
-            slope.sub_(change * inside[:, None, column])
+        slope, inside = left @ second[:, :, block], second[:, block, block]
+        loops.descend_columns(steps[:, :, block], left[:, :, block], slope, inside, limits)
     return steps.add_(0.0)  # no zero is negative
 
 
