@@ -15,6 +15,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the repository is a folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import calibquant.quiet_start  # noqa: F401
 
 import torch
 import yaml

@@ -314,6 +314,17 @@ def heeds_interrupts():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="cannot tell how far another process is")
+@pytest.mark.parametrize("name", ["main_imagenet", "test", "report"])
+def test_an_interrupt_while_torch_is_imported_shows_no_traceback(tmp_path, heeds_interrupts, name):
+    process = start(name, "--help", cwd=tmp_path)
+    while process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and not out + err
+
+
 def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(place, heeds_interrupts):
     config = write_config(place, data__type="interrupted", quant__recon__iters=2000, **SOON_CALIBRATED)
     process, _ = run_until("unit stem", config, place)

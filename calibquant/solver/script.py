@@ -28,6 +28,8 @@ def one_line(error: BaseException) -> str:
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's main and exit: 0, or 2 with one line for what a user can change, or 130 for Ctrl-C."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see quiet_start.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.raiseExceptions = False  # a log that cannot be written prints no traceback of its own
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed before the start

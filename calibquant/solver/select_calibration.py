@@ -20,6 +20,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the package is two folders up
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    import calibquant.quiet_start  # noqa: F401
 
 from easydict import EasyDict
 

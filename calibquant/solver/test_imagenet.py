@@ -11,6 +11,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the package is two folders up
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    import calibquant.quiet_start  # noqa: F401
 
 from calibquant.solver.checkpoint import find_checkpoint, load_checkpoint, require_agreement
 from calibquant.solver.config import load_config
