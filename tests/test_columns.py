@@ -71,7 +71,7 @@ def test_kernels_compile_for_gpus(kernel, capability):
     from calibquant.quantization import columns_triton
 
     function = getattr(columns_triton, kernel)
-    fixed = {"rows_each": columns_triton.ROWS, "width": BLOCK}
+    fixed = {"columns": BLOCK, "rows_each": columns_triton.ROWS, "width": BLOCK}
     signature = dict.fromkeys(function.arg_names, "i32") | dict.fromkeys(fixed, "constexpr")
     signature |= dict.fromkeys((*KERNELS[kernel], *POINTERS), "*fp32")
     source = ASTSource(fn=function, signature=signature, constexprs=fixed)

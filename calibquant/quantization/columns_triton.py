@@ -20,19 +20,22 @@ TO_INTEGER = tl.constexpr(1.5 * 2**23)
 def round_columns(block: Tensor, share: Tensor, limits: Limits) -> Tensor:
     """:func:`calibquant.quantization.columns.round_columns`."""
     errors = torch.empty_like(block, memory_format=torch.contiguous_format)
-    _round_columns[_programs(block)](
-        block, share, errors, *_of_rows(limits, block), *block.shape[1:],
-        *block.stride(), *share.stride(), rows_each=ROWS, width=BLOCK,
-    )  # fmt: skip
+    with torch.cuda.device_of(block):  # kernels run on the current device
+        _round_columns[_programs(block)](
+            block, share, errors, *_of_rows(limits, block), block.shape[1],
+            *block.stride(), *share.stride(), columns=block.shape[2], rows_each=ROWS, width=BLOCK,
+        )  # fmt: skip
     return errors
 
 
 def descend_columns(steps: Tensor, left: Tensor, slope: Tensor, second: Tensor, limits: Limits) -> None:
     """:func:`calibquant.quantization.columns.descend_columns`."""
-    _descend_columns[_programs(steps)](
-        steps, left, slope.contiguous(), second, *_of_rows(limits, steps), *steps.shape[1:],
-        *steps.stride(), *left.stride(), *second.stride(), rows_each=ROWS, width=BLOCK,
-    )  # fmt: skip
+    with torch.cuda.device_of(steps):
+        _descend_columns[_programs(steps)](
+            steps, left, slope.contiguous(), second, *_of_rows(limits, steps), steps.shape[1],
+            *steps.stride(), *left.stride(), *second.stride(),
+            columns=steps.shape[2], rows_each=ROWS, width=BLOCK,
+        )  # fmt: skip
 
 
 def _of_rows(limits: Limits, block: Tensor) -> list[Tensor]:
@@ -57,9 +60,9 @@ def _column(block, here):
 
 @triton.jit
 def _round_columns(
-    block, share, errors, scale, low, high, rows, columns,
+    block, share, errors, scale, low, high, rows,
     block_group, block_row, block_column, share_group, share_row, share_column,
-    rows_each: tl.constexpr, width: tl.constexpr,
+    columns: tl.constexpr, rows_each: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
     row = tl.program_id(0) * rows_each + tl.arange(0, rows_each)
@@ -88,10 +91,10 @@ def _round_columns(
 
 @triton.jit
 def _descend_columns(
-    steps, left, slope, second, scale, low, high, rows, columns,
+    steps, left, slope, second, scale, low, high, rows,
     steps_group, steps_row, steps_column, left_group, left_row, left_column,
     second_group, second_row, second_column,
-    rows_each: tl.constexpr, width: tl.constexpr,
+    columns: tl.constexpr, rows_each: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
     row = tl.program_id(0) * rows_each + tl.arange(0, rows_each)
