@@ -225,11 +225,11 @@ def floor(unit: Unit, data: UnitData, settings: ReconSettings, steps: int) -> tu
     """The unit's convolutions alone, on tensors of the same shapes and layouts."""
     module = copy.deepcopy(unit.module)
     device = next(module.buffers()).device
-    calls: list[tuple[QuantConv2d, Tensor, bool]] = []
+    calls: list[tuple[QuantConv2d, Tensor]] = []
 
     def note(layer: nn.Module, args: tuple[Tensor, ...], _out: Tensor) -> None:
         assert isinstance(layer, QuantConv2d)
-        calls.append((layer, args[0].detach(), args[0].requires_grad))
+        calls.append((layer, args[0].detach().requires_grad_(args[0].requires_grad)))
 
     convolutions = [m for m in module.modules() if isinstance(m, QuantConv2d)]
     learned = [r.learned for r in start_rounding(module, replace(settings, iters=1)).values()]
@@ -242,12 +242,10 @@ def floor(unit: Unit, data: UnitData, settings: ReconSettings, steps: int) -> tu
     seconds = []
     for _ in range(steps):
         began = time.perf_counter()
-        for layer, x, wants_input in calls:
-            y = layer.operate(x, layer.weight)
-            torch.ops.aten.convolution_backward(
-                y, x, layer.weight, None, layer.stride, layer.padding, (1, 1), False, (0, 0), layer.groups,
-                [wants_input, True, False],
-            )  # fmt: skip
+        for layer, x in calls:
+            weight = layer.weight.detach().requires_grad_()
+            y = layer.operate(x, weight)
+            torch.autograd.grad(y, [weight, x] if x.requires_grad else [weight], y.detach())
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
