@@ -14,7 +14,7 @@ from calibquant.quantization.columns import BLOCK, WRITTEN, Limits, Loops, loops
 from tests.pretend_gpu import CPU, GPU, pretended_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = [(1, 6, 40, True), (2, 5, 16, True), (1, 1, 1, False), (1, 3, BLOCK, False)]
+SHAPES = [(1, 6, 40, True), (2, 5, 16, True), (1, 1, 1, False), (1, 1, BLOCK, False)]
 """Groups, rows and columns, and whether each row has limits of its own."""
 KERNELS = {
     "_round_columns": ("block", "share", "errors"),

@@ -26,7 +26,7 @@ from calibquant.solver.recon import UnitResult, reconstruct
 from calibquant.solver.resume import RunState, identity, run_state
 from tests.figures import record
 from tests.small import SOON_CALIBRATED, calibrated_model, random_float_model, small_config
-from tests.test_end_to_end import ROOT, place, script, start, write_config
+from tests.test_end_to_end import ROOT, SOLVER, place, script, start, write_config
 
 __all__ = ["place"]
 
@@ -315,14 +315,22 @@ def heeds_interrupts():
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="cannot tell how far another process is")
-@pytest.mark.parametrize("name", ["main_imagenet", "test", "report"])
-def test_an_interrupt_while_torch_is_imported_shows_no_traceback(tmp_path, heeds_interrupts, name):
-    process = start(name, "--help", cwd=tmp_path)
+def test_an_interrupt_while_torch_is_imported_shows_no_traceback(tmp_path, heeds_interrupts):
+    process = start("main_imagenet", "--help", cwd=tmp_path)
     while process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT and not out + err
+
+
+def test_every_script_is_quiet_while_torch_is_imported():
+    scripts = [path for folder in (SOLVER, ROOT / "benchmarks") for path in folder.glob("*.py")]
+    texts = {path.name: path.read_text() for path in scripts}
+    started = {name: text for name, text in texts.items() if "if __package__ in (None" in text}
+    assert len(started) >= 14
+    for name, text in started.items():
+        assert text.index("import calibquant.quiet_start") < text.index("\nfrom calibquant"), name
 
 
 def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(place, heeds_interrupts):
