@@ -59,20 +59,27 @@ def _column(block, here):
 
 
 @triton.jit
+def _rows(scale, low, high, rows, rows_each: tl.constexpr):
+    """A program's group, its rows in that and in all, and their limits."""
+    group = tl.program_id(1)
+    row = tl.program_id(0) * rows_each + tl.arange(0, rows_each)
+    place = group * rows + row
+    step = tl.load(scale + place, row < rows, 1.0)
+    least = tl.load(low + place, row < rows, 0.0)
+    most = tl.load(high + place, row < rows, 0.0)
+    return group, row, place, step, least, most
+
+
+@triton.jit
 def _round_columns(
     block, share, errors, scale, low, high, rows,
     block_group, block_row, block_column, share_group, share_row, share_column,
     columns: tl.constexpr, rows_each: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(1)
-    row = tl.program_id(0) * rows_each + tl.arange(0, rows_each)
+    group, row, limit, step, least, most = _rows(scale, low, high, rows, rows_each)
     column = tl.arange(0, width)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     at = block + group * block_group + row[:, None] * block_row + column[None, :] * block_column
-    limit = group * rows + row
-    step = tl.load(scale + limit, row < rows, 1.0)
-    least = tl.load(low + limit, row < rows, 0.0)
-    most = tl.load(high + limit, row < rows, 0.0)
     values = tl.load(at, inside, 0.0)
     found = tl.zeros_like(values)
     for place in range(columns):
@@ -96,16 +103,11 @@ def _descend_columns(
     second_group, second_row, second_column,
     columns: tl.constexpr, rows_each: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(1)
-    row = tl.program_id(0) * rows_each + tl.arange(0, rows_each)
+    group, row, limit, step, least, most = _rows(scale, low, high, rows, rows_each)
     column = tl.arange(0, width)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     at = steps + group * steps_group + row[:, None] * steps_row + column[None, :] * steps_column
     beside = left + group * left_group + row[:, None] * left_row + column[None, :] * left_column
-    limit = group * rows + row
-    step = tl.load(scale + limit, row < rows, 1.0)
-    least = tl.load(low + limit, row < rows, 0.0)
-    most = tl.load(high + limit, row < rows, 0.0)
     before = tl.load(at, inside, 0.0)
     pulls = tl.load(slope + limit[:, None] * columns + column[None, :], inside, 0.0)
     now = before
