@@ -200,38 +200,41 @@ class Idle:
         return lambda *_, **__: None
 
 
+CUDA: dict[str, Any] = {
+    "is_available": lambda: True,
+    "device_count": lambda: 1,
+    "is_initialized": lambda: True,
+    "is_bf16_supported": lambda **_: True,
+    "is_current_stream_capturing": lambda: False,
+    "empty_cache": lambda: None,
+    "mem_get_info": lambda *_: (2**37, 2**37),
+    "max_memory_allocated": lambda *_: 2**30,
+    "get_device_name": lambda *_: "a pretended GPU",
+    "current_stream": Idle,
+    "stream": nullcontext,
+    "Stream": Idle,
+    "Event": Idle,
+}
+"""What `torch.cuda` says and gives there."""
+
+
 @contextmanager
-def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+def pretended_gpu() -> Iterator[Gpu]:
     """Inside, there is a GPU; yields what is watched, from the beginning."""
-    for name, change in {
-        "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "is_initialized": lambda: True,
-        "is_bf16_supported": lambda **_: True,
-        "is_current_stream_capturing": lambda: False,
-        "empty_cache": lambda: None,
-        "mem_get_info": lambda *_: (2**37, 2**37),
-        "max_memory_allocated": lambda *_: 2**30,
-        "get_device_name": lambda *_: "a pretended GPU",
-        "current_stream": Idle,
-        "stream": nullcontext,
-        "Stream": Idle,
-        "Event": Idle,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, change)
-    grouped = by_device(torch._C._group_tensors_by_device_and_dtype)
-    monkeypatch.setattr(torch._C, "_group_tensors_by_device_and_dtype", grouped)
-    monkeypatch.setattr(torch.accelerator, "current_stream", Idle)
-    monkeypatch.setattr(torch, "Generator", Generator)
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # else parameters keep their types
     loops_for.cache_clear()  # of the GPU that there may be
     watched.calls.clear()
     watched.waits.clear()
+    grouped = by_device(torch._C._group_tensors_by_device_and_dtype)
     try:
-        with Watch():
+        with pytest.MonkeyPatch.context() as patch, Watch():
+            for name, change in CUDA.items():
+                patch.setattr(torch.cuda, name, change)
+            patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", grouped)
+            patch.setattr(torch.accelerator, "current_stream", Idle)
+            patch.setattr(torch, "Generator", Generator)
             yield watched
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
         loops_for.cache_clear()
-        monkeypatch.undo()

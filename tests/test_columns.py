@@ -93,7 +93,7 @@ def test_kernels_that_do_not_work_are_told_and_left(monkeypatch, caplog, wrong):
         monkeypatch.setattr(columns_triton, "descend_columns", columns.descend_columns)
     elif torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pretended_gpu(monkeypatch):
+    with pretended_gpu():
         assert loops_for(GPU) is WRITTEN
     (record,) = caplog.records
     assert record.getMessage().startswith("compensation goes column by column, several times slower: ")

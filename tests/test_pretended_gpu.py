@@ -53,8 +53,8 @@ REST = {
         (lambda here, there: there.numpy(), "NumPy"),
     ],
 )
-def test_what_a_gpu_refuses_is_refused(monkeypatch, wrong, words):
-    with pretended_gpu(monkeypatch), torch.no_grad():
+def test_what_a_gpu_refuses_is_refused(wrong, words):
+    with pretended_gpu(), torch.no_grad():
         here = torch.zeros(3, 3)
         with pytest.raises(AssertionError, match=words):
             wrong(here, here.to(GPU))
@@ -77,12 +77,14 @@ def test_what_a_gpu_refuses_is_refused(monkeypatch, wrong, words):
         (lambda here, there: here.__setitem__(slice(0, 3), there), True),
     ],
 )
-def test_what_makes_the_host_wait_is_seen(monkeypatch, step, waits):
-    with pretended_gpu(monkeypatch) as gpu:
+def test_what_makes_the_host_wait_is_seen(step, waits):
+    before = torch.cuda.is_available(), torch.cuda.is_initialized()
+    with pretended_gpu() as gpu:
         here = torch.zeros(3, 3)
         step(here, here.to(GPU))
         assert bool(gpu.waits) is waits
-    assert torch.zeros(2).device == CPU and not torch.cuda.is_initialized()
+    assert torch.zeros(2).device == CPU
+    assert (torch.cuda.is_available(), torch.cuda.is_initialized()) == before
 
 
 def run(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *arguments: object) -> None:
@@ -95,16 +97,18 @@ def test_all_scripts_keep_to_one_device_and_the_file_is_read_without_it(monkeypa
     config = write_config(place, **changes)
     given = "--config", config
     monkeypatch.chdir(place)
-    with monkeypatch.context() as patch, pretended_gpu(patch) as gpu:
-        patch.setattr(main_imagenet, "choose_engine", lambda wanted: Engine())  # steps as they are written
-        run(patch, main_imagenet.main, *given)
+    with pretended_gpu() as gpu:
+        monkeypatch.setattr(
+            main_imagenet, "choose_engine", lambda wanted: Engine()
+        )  # steps as they are written
+        run(monkeypatch, main_imagenet.main, *given)
         saved = "--quantized_model_path", only(Path("model_quantized").glob("resnet18_gpu_*/*.pth"))
-        run(patch, test_imagenet.main, *given, *saved)
-        run(patch, test.main, *given)
-        run(patch, sensitivity.main, *given)
-        run(patch, export_onnx.main, *given, *saved, "--out", "gpu.onnx")
+        run(monkeypatch, test_imagenet.main, *given, *saved)
+        run(monkeypatch, test.main, *given)
+        run(monkeypatch, sensitivity.main, *given)
+        run(monkeypatch, export_onnx.main, *given, *saved, "--out", "gpu.onnx")
         assert len(gpu.calls) > 10_000
-    run(monkeypatch, test_imagenet.main, *given, *saved)
+    run(monkeypatch, test_imagenet.main, *given, *saved, "--device", "cpu")
 
 
 class WatchedSteps(Engine):
@@ -129,11 +133,11 @@ class WatchedSteps(Engine):
 
 @pytest.mark.parametrize("keep_gpu", [True, False])
 @pytest.mark.parametrize("changes", [{}, LEARNED])
-def test_a_step_waits_for_nothing_and_always_calls_the_same(monkeypatch, changes, keep_gpu):
+def test_a_step_waits_for_nothing_and_always_calls_the_same(changes, keep_gpu):
     """A captured step is what one of them called, over and over, and the host is not asked."""
     config = small_config(**SOON_CALIBRATED, **changes, quant__recon__keep_gpu=keep_gpu)
     network = random_float_model(config)
-    with pretended_gpu(monkeypatch) as gpu:
+    with pretended_gpu() as gpu:
         model = quantize_model(network.to(GPU), config)
         calibrate(model, IMAGES, config)
         engine = WatchedSteps(gpu)
@@ -144,13 +148,13 @@ def test_a_step_waits_for_nothing_and_always_calls_the_same(monkeypatch, changes
         assert engine.waits == []
 
 
-def test_a_gpus_network_is_the_cpus(monkeypatch):
+def test_a_gpus_network_is_the_cpus():
     """With nothing drawn at random that devices draw differently, and the same observers."""
     config = small_config(quant__recon__drop_prob=1.0, model__kwargs=SMALLER, **SOON_CALIBRATED, **OURS)
     networks = []
     for device in (CPU, GPU):
         network = random_float_model(config)
-        with monkeypatch.context() as patch, pretended_gpu(patch) if device == GPU else nullcontext():
+        with pretended_gpu() if device == GPU else nullcontext():
             model = quantize_model(network.to(device), config)
             calibrate(model, IMAGES, config)
             errors = [r.error_after for r in reconstruct(model, IMAGES, recon_settings(config), seed=7)]
