@@ -47,7 +47,6 @@ PRESETS: dict[str, Edits] = {
         "quant.recon.weight_scale_lr": 0.0,
         "quant.recon.merge": [],
         "quant.recon.views": 1,
-        "quant.recon.match_views": 0,
         "quant.recon.held_out": 0.0,
         "data.sharpness": [1, 1],
     },

@@ -60,7 +60,7 @@ def test_reconstruction_learns_from_all_views():
 
 
 def test_views_to_learn_from_come_before_the_images_held_out():
-    settings = ReconSettings(views=2, match_views=1, compensate=True, held_out=0.2)
+    settings = ReconSettings(views=2, held_out=0.2)
     rows = rows_of(5, settings)
     assert (rows.images, rows.views, rows.held_out, rows.count) == (4, 8, 1, 9)
     arranged, learned = arrange(IMAGES, rows, seed=3), IMAGES[[0, 1, 3, 4]]
@@ -72,18 +72,15 @@ def test_views_to_learn_from_come_before_the_images_held_out():
 def test_the_memory_estimate_counts_views(tmp_path):
     model = calibrated_model(small_config(), IMAGES)
     asked = []
-    for views, unlearned in ((1, 0), (4, 0), (1, 2)):
-        config = small_config(
-            quant__recon__compensate=True, quant__recon__views=views, quant__recon__match_views=unlearned
-        )
-        settings = recon_settings(config)
+    for views in (1, 4):
+        settings = recon_settings(small_config(quant__recon__views=views))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 "calibquant.solver.cache_plan.estimate",
                 lambda model, image, count, settings: asked.append(count) or _Small(),
             )
             choose_store(model, IMAGES, settings, tmp_path, free=lambda *_: Room(2**40, 2**40, 2**40))
-    assert asked == [5, 20, 5]  # those that only the classifier sees are not carried along
+    assert asked == [5, 20]
 
 
 class _Small:

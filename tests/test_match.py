@@ -8,7 +8,6 @@ from calibquant.model.quant_layer import QuantLinear
 from calibquant.quantization.fake_quant import QuantizerConfig, Role
 from calibquant.quantization.state import full_precision
 from calibquant.solver import match
-from calibquant.solver.augment import view_of
 from calibquant.solver.learn import reconstruction_loss
 from calibquant.solver.match import match_inputs
 from calibquant.solver.peers import Peers
@@ -69,28 +68,12 @@ def reconstructed(**recon):
     return model, list(reconstruct(model, IMAGES, recon_settings(config), seed=1))
 
 
-def test_only_the_classifier_sees_the_views_that_nothing_is_learned_from():
-    (one, _), (other, _) = (reconstructed(match_views=count) for count in (0, 2))
-    for (name, value), changed in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
-        assert torch.equal(value, changed) or name.startswith("classifier."), name
-    x = torch.ones(1, one.classifier.fc.weight.shape[1], 2, 2)
-    assert not torch.equal(one.classifier(x), other.classifier(x))
-
-
-def captured_features(monkeypatch, **recon):
-    """What the classifier's layer reads, as matching gets it: in the float and in the quantized network."""
-    found = []
-    original = match.match_inputs
-    monkeypatch.setattr(match, "match_inputs", lambda *args: (found.append(args[1:3]), original(*args)))
-    model, _ = reconstructed(**recon)
-    return model, found
-
-
-def test_unlearned_views_are_seen_as_both_networks_see_them(monkeypatch):
-    """Against each network run whole on the views, the quantized one behind the last block as it ends."""
-    model, ((full, quantized),) = captured_features(monkeypatch, views=2, match_views=2, held_out=0.2)
-    learned = IMAGES[[0, 1, 3, 4]]
-    views = torch.cat([view_of(learned, number, seed=1) for number in (2, 3)])
+@pytest.mark.parametrize("held_out", [0.0, 0.2])
+def test_a_classifier_is_matched_as_both_networks_see_what_is_learned_from(monkeypatch, held_out):
+    """Against each network run whole on the images and their views, the quantized one as it ends."""
+    model, ((full, quantized),) = captured_features(monkeypatch, cache="fp32", views=2, held_out=held_out)
+    learned = IMAGES[[0, 1, 3, 4]] if held_out else IMAGES
+    views = torch.cat([learned, learned.flip(3)])
     read = []
     model.classifier.fc.register_forward_pre_hook(lambda module, args: read.append(args[0]))
     before = calibrated_model(small_config(), IMAGES)
@@ -103,10 +86,18 @@ def test_unlearned_views_are_seen_as_both_networks_see_them(monkeypatch):
     assert not torch.equal(full, quantized)
 
 
+def captured_features(monkeypatch, **recon):
+    """What the classifier's layer reads, as matching gets it: in the float and in the quantized network."""
+    found = []
+    original = match.match_inputs
+    monkeypatch.setattr(match, "match_inputs", lambda *args: (found.append(args[1:3]), original(*args)))
+    model, _ = reconstructed(**recon)
+    return model, found
+
+
 @pytest.mark.parametrize("recon", [{"compensate": False}, {"merge": ["classifier"]}])
 def test_without_compensation_or_a_classifier_of_its_own_nothing_is_matched(monkeypatch, recon):
-    monkeypatch.setattr(match.UnlearnedViews, "__init__", None)  # would be a TypeError
-    _, found = captured_features(monkeypatch, match_views=2, **recon)
+    _, found = captured_features(monkeypatch, **recon)
     assert not found
 
 

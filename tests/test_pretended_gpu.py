@@ -34,7 +34,6 @@ REST = {
     "quant__recon__keep_gpu": False,
     "quant__recon__ranges": "quantized",
     "quant__recon__views": 2,
-    "quant__recon__match_views": 1,
     "quant__recon__held_out": 0.25,
 }
 

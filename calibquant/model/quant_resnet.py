@@ -246,18 +246,11 @@ class QuantResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[N, num_classes]`` of images ``[N, 3, H, W]``."""
-        logits: Tensor = self.classifier(self._trunk(x))
-        return logits
-
-    def features(self, x: Tensor) -> Tensor:
-        """What the classifier's layer reads of images ``[N, 3, H, W]``: ``[N, C]``."""
-        return self.classifier.pool(self._trunk(x))
-
-    def _trunk(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
-        return x
+        logits: Tensor = self.classifier(x)
+        return logits
 
     def units(self, granularity: str, merged: Collection[str] = ()) -> list[Unit]:
         """What is reconstructed, in dataflow order: residual blocks, or (``layer``) single layers.

@@ -139,8 +139,7 @@ def choose_store(
     which = f"{count} images (quant.calibrate x quant.recon.views)"
     if need.caches <= SPARE * have.disk:
         copies = 1 if count == len(images) else 2  # as the store lays them out, and with their views
-        drawn = len(images) if settings.match_views else 0  # one view at a time
-        staying = (copies * count + drawn) * images[0].nbytes + beside
+        staying = copies * count * images[0].nbytes + beside
         if staying > SPARE * have.host:
             raise UserError(
                 f"{which} need about {_size(staying)} of host memory themselves, wherever activations are; "

@@ -331,13 +331,6 @@ KEYS: list[Key] = [
         "views of each image to learn from: itself, mirrored, then random crops; each takes its memory",
     ),
     Key(
-        "quant.recon.match_views",
-        RECON["match_views"],
-        integer(0, 64),
-        "further views of each image, not learned from, on which `compensate` matches the classifier's "
-        "inputs; 0: those learned from",
-    ),
-    Key(
         "quant.recon.held_out",
         RECON["held_out"],
         number(0, 0.5),

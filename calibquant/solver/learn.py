@@ -69,7 +69,6 @@ class ReconSettings:
     ranges: str = "float"
     merge: tuple[str, ...] = ()
     views: int = 1
-    match_views: int = 0
     held_out: float = 0.0
 
     @property

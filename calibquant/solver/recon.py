@@ -22,7 +22,7 @@ from calibquant.model.quant_resnet import QuantClassifier, QuantResNet, Unit
 from calibquant.quantization.fake_quant import IntegerWeight
 from calibquant.quantization.rounding import StraightThroughRounding
 from calibquant.quantization.state import calibrating, full_precision, quantizers
-from calibquant.solver.augment import Rows, arrange, rows_of, split_off
+from calibquant.solver.augment import Rows, arrange, rows_of
 from calibquant.solver.caches import CACHE_TYPES, Activations, Store, UnitData, live_names, run_batched
 from calibquant.solver.compensate import compensate
 from calibquant.solver.learn import (
@@ -34,7 +34,7 @@ from calibquant.solver.learn import (
     plain_steps,
     reconstruction_loss,
 )
-from calibquant.solver.match import UnlearnedViews, cached_features, match_classifier
+from calibquant.solver.match import match_classifier
 from calibquant.solver.memory import return_freed_memory
 from calibquant.solver.peers import Peers
 
@@ -138,19 +138,17 @@ def reconstruct(
     store = store or store_for(settings, device)
     rows = rows_of(len(images), settings)
     means = Means(settings, device, store, rows, progress, engine or Engine(), peers or Peers())
-    own = seed + means.peers.rank
-    activations = Activations(channels_last(arrange(images, rows, own), store.device))
+    activations = Activations(channels_last(arrange(images, rows, seed + means.peers.rank), store.device))
     units = model.units(settings.granularity, settings.merge)
     return_freed_memory()
     with float32_precision(settings.precision):
-        unlearned = unlearned_views(model, images, units, means, own)
         for index, unit in enumerate(units):
             started = time.perf_counter()
             data = unit_data(unit, activations, means)
             result = memory.recall(unit)
             if result is None:
                 if settings.compensate and isinstance(unit.module, QuantClassifier):
-                    data = match(unit.module, data, unlearned, means)
+                    data = match(unit.module, data, means)
                 draws = unit_seed(seed, index, means.peers.rank)
                 generator = torch.Generator(device).manual_seed(draws)
                 result = reconstruct_unit(unit, data, means, generator)
@@ -210,29 +208,10 @@ def unit_data(unit: Unit, activations: Activations, means: Means) -> UnitData:
     return UnitData(quantized, full, target)
 
 
-def unlearned_views(
-    model: QuantResNet, images: Tensor, units: list[Unit], means: Means, seed: int
-) -> UnlearnedViews | None:
-    """What a classifier that is a unit of its own is matched on, if that is to be views of its own."""
-    settings = means.settings
-    own_unit = any(isinstance(unit.module, QuantClassifier) for unit in units)
-    if not (settings.compensate and settings.match_views and own_unit):
-        return None
-    learned, _ = split_off(images, means.rows)
-    numbers = range(settings.views, settings.views + settings.match_views)
-    return UnlearnedViews(model, learned, numbers, seed, settings.batch_size)
-
-
-def match(
-    classifier: QuantClassifier, data: UnitData, unlearned: UnlearnedViews | None, means: Means
-) -> UnitData:
+def match(classifier: QuantClassifier, data: UnitData, means: Means) -> UnitData:
     """Fit a classifier to what its inputs have become; returns what its unit then learns from."""
-    batch, device = means.settings.batch_size, means.device
-    if unlearned:
-        features = unlearned.features()
-    else:
-        features = cached_features(classifier, data.part(slice(means.rows.views)), batch, device)
-    return match_classifier(classifier, data, features, batch, device, means.peers)
+    batch, learned = means.settings.batch_size, data.part(slice(means.rows.views))
+    return match_classifier(classifier, data, learned, batch, means.device, means.peers)
 
 
 def reconstruct_unit(unit: Unit, data: UnitData, means: Means, generator: torch.Generator) -> UnitResult:
