@@ -14,6 +14,8 @@ from calibquant.quantization.observer import (
     MinMaxObserver,
     MSEFastObserver,
     MSEObserver,
+    clipping_ranges,
+    search_together,
 )
 from calibquant.quantization.range_search import Grid
 
@@ -120,6 +122,36 @@ def test_nan_and_infinity_are_refused(observer, bad):
 def test_a_range_without_data_is_refused(observer):
     with pytest.raises(ValueError, match="no data"):
         observer(GRID).clipping_range()
+
+
+def skewed(count: int, size: int, seed: int) -> Tensor:
+    """Activations ``[count, size, 4, 4]`` of which some channels never fall below zero."""
+    x = torch.randn(count, size, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return torch.where(torch.arange(size).view(-1, 1, 1) % 2 == 0, x.relu(), 3 * x)
+
+
+@ALL_OBSERVERS
+@BOTH_AXES
+@pytest.mark.parametrize("at_once", [1, 40_000, 2**24])
+def test_ranges_found_together_are_those_found_alone(observer, ch_axis, at_once, monkeypatch):
+    monkeypatch.setattr("calibquant.quantization.observer.AT_ONCE", at_once)
+    grids = [Grid(0, 15, False), Grid(0, 255, False), Grid(-8, 7, True)]
+    seen, whole = {}, []
+    for number in range(9):
+        watching = observer(grids[number // 3], ch_axis)
+        for batch in range(2):
+            watching.observe(skewed(3 + batch, 2 + number % 4, 10 * number + batch))
+        seen[str(number)] = watching
+        weight = skewed(2 + number, 2 + number % 2, number)
+        whole.append((str(number), watching, watching.whole(weight)))
+    seen["of zeros"] = observer(GRID, ch_axis)
+    seen["of zeros"].observe(torch.zeros(2, 3))
+    together, alone = clipping_ranges(seen), {name: one.clipping_range() for name, one in seen.items()}
+    of_weights = search_together(whole), {name: one.search(samples) for name, one, samples in whole}
+    for found, expected in ((together, alone), of_weights):
+        assert found.keys() == expected.keys()
+        for name, ends in found.items():
+            torch.testing.assert_close(torch.stack(ends), torch.stack(expected[name]), rtol=1e-6, atol=0)
 
 
 value = st.builds(lambda mantissa, power: mantissa * 10.0**power, st.integers(-99, 99), st.integers(-5, 5))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from calibquant.quantization.observer import OBSERVERS, clipping_ranges
+from calibquant.quantization.range_search import Grid
 from calibquant.solver import export_onnx, main_imagenet, sensitivity, test, test_imagenet
 from calibquant.solver.learn import Engine
 from calibquant.solver.pipeline import calibrate, quantize_model, recon_settings
@@ -145,6 +147,22 @@ def test_a_step_waits_for_nothing_and_always_calls_the_same(changes, keep_gpu):
             assert len(first) > 20 and len(others) == 4
             assert all(calls == first for calls in others), result.name
         assert engine.waits == []
+
+
+@pytest.mark.parametrize("observer", ["MSEObserver", "MSEFastObserver"])
+def test_searches_wait_no_oftener_for_more_layers(observer):
+    """Of a GPU's time for a few thousand values most is the host's, which each step of a search asks."""
+    waits = []
+    for layers in (1, 12):
+        torch.manual_seed(0)
+        seen = {str(number): OBSERVERS[observer](Grid(0, 15, False)) for number in range(layers)}
+        with pretended_gpu() as gpu:
+            for one in seen.values():
+                one.observe(torch.randn(4, 3, 8, 8).to(GPU))
+            before = len(gpu.waits)
+            clipping_ranges(seen)
+            waits.append(len(gpu.waits) - before)
+    assert waits[0] > 20 and waits[1] < 3 * waits[0]
 
 
 def test_a_gpus_network_is_the_cpus():

@@ -5,6 +5,7 @@ folded before a layer is made.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 from calibquant.model.fold_bn import fold_bn
 from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
+from calibquant.quantization.observer import Asked, Observer, naming, search_together
+from calibquant.quantization.range_search import Samples
 
 SAFE_CHANNELS = 8
 """With fewer input channels, oneDNN's weight gradient of a strided 1x1 convolution in channels-last writes
@@ -66,16 +69,25 @@ class QuantLayer(nn.Module, ABC):
         out: Tensor = self.output_quantizer(y)
         return out
 
-    def calibrate_weight(self) -> None:
-        """Set the weight quantizer's range from the weight.
+    def weight_to_observe(self) -> tuple[FakeQuantize, Observer, Samples]:
+        """The weight's quantizer, and what that one's range follows from.
 
         Raises:
-            ValueError: the weight is hardened, or holds NaN.
+            ValueError: the weight is hardened, or holds NaN or infinity.
         """
         if isinstance(self.weight_quantizer, IntegerWeight):
             raise ValueError("the weight is integer already; its range is settled")
         observer = self.weight_quantizer.make_observer()
-        self.weight_quantizer.set_range(*observer.range_of(self.weight))
+        return self.weight_quantizer, observer, observer.whole(self.weight)
+
+    def calibrate_weight(self) -> None:
+        """Set the weight quantizer's range from the weight.
+
+        Raises:
+            ValueError: as :meth:`weight_to_observe`.
+        """
+        quantizer, observer, samples = self.weight_to_observe()
+        quantizer.set_range(*observer.search(samples))
 
     def set_integer_weight(self, integers: IntegerWeight) -> None:
         """Replace weight and weight quantizer by integers and the values they stand for."""
@@ -148,13 +160,18 @@ def calibrate_weights(module: nn.Module) -> None:
     """Set the range of every weight quantizer from its weight.
 
     Raises:
-        ValueError: a weight holds NaN or infinity; the message names its layer.
+        ValueError: a weight is hardened, or holds NaN or infinity; the message names its layer.
     """
-    for name, layer in layers(module):
-        try:
-            layer.calibrate_weight()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+    found: dict[str, FakeQuantize] = {}
+
+    def asked() -> Iterator[Asked]:
+        for name, layer in layers(module):
+            with naming(name):
+                found[name], observer, samples = layer.weight_to_observe()
+            yield name, observer, samples
+
+    for name, bounds in search_together(asked()).items():
+        found[name].set_range(*bounds)
 
 
 def harden(module: nn.Module) -> None:

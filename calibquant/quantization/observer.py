@@ -7,6 +7,9 @@ being calibrated.
 """
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,6 +21,9 @@ from calibquant.quantization.range_search import (
     golden_section_search,
     grid_search,
 )
+
+AT_ONCE = 2**24
+"""Values from which on a search is large enough."""
 
 
 def as_rows(x: Tensor, ch_axis: int) -> Tensor:
@@ -90,10 +96,18 @@ class Observer(ABC):
     def search(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Clipping range ``(min_val, max_val)``, each ``[rows]``, for the values seen."""
 
-    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Clipping range of one tensor that is wholly at hand, such as a weight."""
+    def whole(self, x: Tensor) -> Samples:
+        """The samples of one tensor that is wholly at hand, such as a weight.
+
+        Raises:
+            ValueError: it holds NaN or infinity.
+        """
         rows = as_rows(x.detach(), self.ch_axis)
-        return self.search(Samples(rows, None, *_finite_range(rows)))
+        return Samples(rows, None, *_finite_range(rows))
+
+    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Clipping range of such a tensor, ``(min_val, max_val)``, each ``[rows]``."""
+        return self.search(self.whole(x))
 
     def observe(self, x: Tensor) -> None:
         """Take one batch into the statistics."""
@@ -108,8 +122,8 @@ class Observer(ABC):
         if self.histogram is not None:
             self.histogram.add(rows, torch.maximum(-low, high))
 
-    def clipping_range(self) -> tuple[Tensor, Tensor]:
-        """Clipping range for all batches observed, each ``[rows]``.
+    def samples(self) -> Samples:
+        """The samples of all batches observed.
 
         Raises:
             ValueError: nothing was observed.
@@ -117,9 +131,17 @@ class Observer(ABC):
         if self.min_val is None or self.max_val is None:
             raise ValueError("an observer saw no data: ranges need at least one batch")
         if self.histogram is not None:
-            return self.search(self.histogram.samples(self.min_val, self.max_val))
+            return self.histogram.samples(self.min_val, self.max_val)
         empty = self.min_val.new_zeros(self.min_val.numel(), 0)
-        return self.search(Samples(empty, None, self.min_val, self.max_val))
+        return Samples(empty, None, self.min_val, self.max_val)
+
+    def clipping_range(self) -> tuple[Tensor, Tensor]:
+        """Clipping range for all batches observed, each ``[rows]``.
+
+        Raises:
+            ValueError: nothing was observed.
+        """
+        return self.search(self.samples())
 
 
 def _finite_range(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,6 +209,68 @@ class AvgMSEObserver(AveragingObserver, MSEObserver):
 
 class AvgMSEFastObserver(AveragingObserver, MSEFastObserver):
     """The mean over batches of their golden-section ranges."""
+
+
+Asked = tuple[str, Observer, Samples]
+"""A name, and the samples whose range is to be found by an observer's search."""
+
+
+def clipping_ranges(observers: Mapping[str, Observer]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each observer's clipping range for all batches observed, by its name.
+
+    Raises:
+        ValueError: one of them observed nothing; the message names it.
+    """
+    averages: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def asked() -> Iterator[Asked]:
+        for name, observer in observers.items():
+            with naming(name):
+                if isinstance(observer, AveragingObserver):
+                    averages[name] = observer.clipping_range()
+                    continue
+                samples = observer.samples()
+            yield name, observer, samples
+
+    return search_together(asked()) | averages
+
+
+def search_together(asked: Iterable[Asked]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Ranges by name: the same as each search alone, in fewer and larger ones.
+
+    A search is hundreds of small operations, which on a GPU take the same time for one row and for many.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    waiting: defaultdict[object, list[Asked]] = defaultdict(list)
+    for one in asked:
+        _, observer, samples = one
+        alike = waiting[type(observer), observer.grid, samples.joins_with]
+        alike.append(one)
+        if sum(samples.values.numel() for _, _, samples in alike) >= AT_ONCE:
+            found |= _joined_search(alike)
+            alike.clear()
+    for alike in waiting.values():
+        found |= _joined_search(alike)
+    return found
+
+
+def _joined_search(alike: list[Asked]) -> dict[str, tuple[Tensor, Tensor]]:
+    """One search for the samples of observers of one kind and grid."""
+    if not alike:
+        return {}
+    names, observers, parts = zip(*alike, strict=True)
+    ends = observers[0].search(Samples.joined(parts))
+    rows = [len(part.values) for part in parts]
+    return dict(zip(names, zip(*(end.split(rows) for end in ends), strict=True), strict=True))
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Inside, a ValueError is of what has this name, and its message says so."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 OBSERVERS: dict[str, type[Observer]] = {

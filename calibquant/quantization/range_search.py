@@ -9,13 +9,14 @@ thousand bins stands for billions of activations.
 A *row* is what gets one scale: a whole tensor or one channel. Tensors here are ``[rows, n]``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from calibquant.quantization.affine import SCALE_EPS
 
@@ -37,6 +38,25 @@ class Samples:
     counts: Tensor | None
     min_val: Tensor
     max_val: Tensor
+
+    @property
+    def joins_with(self) -> object:
+        """Equal for samples whose rows may be joined: with counts, or of the same length."""
+        return None if self.counts is not None else self.values.shape[1]
+
+    @staticmethod
+    def joined(parts: "Sequence[Samples]") -> "Samples":
+        """The rows of all, one after the other; those that are shorter get values that count 0."""
+        if len(parts) == 1:
+            return parts[0]
+        longest = max(part.values.shape[1] for part in parts)
+
+        def filled(tensors: list[Tensor]) -> Tensor:
+            return torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in tensors])
+
+        counts = [part.counts for part in parts if part.counts is not None]
+        ends = (torch.cat([getattr(part, end) for part in parts]) for end in ("min_val", "max_val"))
+        return Samples(filled([part.values for part in parts]), filled(counts) if counts else None, *ends)
 
     def row_slice(self, rows: slice) -> "Samples":
         counts = None if self.counts is None else self.counts[rows]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from calibquant.quantization.drop import Drop
 from calibquant.quantization.fake_quant import FakeQuantize, Role, SharedRangeFakeQuantize
-from calibquant.quantization.observer import Observer
+from calibquant.quantization.observer import Observer, clipping_ranges, naming
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -102,27 +102,19 @@ def calibrating(module: nn.Module, again: bool = False) -> Iterator[None]:
     viewers = {q: _observe_into(name, seen) for name, q, seen in watched}
     with watching(viewers), full_precision(module), torch.no_grad():
         yield
-    for quantizer, bounds in [(q, _range_seen(name, seen)) for name, q, seen in watched]:
-        quantizer.set_range(*bounds)
+    ranges = clipping_ranges({name: seen for name, _, seen in watched})
+    for name, quantizer, _ in watched:
+        quantizer.set_range(*ranges[name])
 
 
 def _observe_into(name: str, seen: Observer) -> Callable[[Tensor], None]:
     """Shows a quantizer's input to its observer."""
 
     def view(x: Tensor) -> None:
-        try:
+        with naming(name):
             seen.observe(x)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
 
     return view
-
-
-def _range_seen(name: str, seen: Observer) -> tuple[Tensor, Tensor]:
-    try:
-        return seen.clipping_range()
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
 
 
 @contextmanager
