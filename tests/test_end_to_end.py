@@ -113,8 +113,7 @@ def test_main_leaves_a_log_metrics_and_a_model(finished):
     assert sorted(p.name for p in folder.iterdir()) == left
 
 
-@pytest.mark.parametrize("as_module", [False, True])
-@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize(("as_module", "bare"), [(False, True), (True, False)])
 def test_a_saved_model_scores_the_same_from_its_path_or_its_bare_name(finished, as_module, bare):
     place, _, config = finished
     saved = only((place / "model_quantized" / "resnet18_imagenet_w2_a4").iterdir())

@@ -132,17 +132,17 @@ def skewed(count: int, size: int, seed: int) -> Tensor:
 
 @ALL_OBSERVERS
 @BOTH_AXES
-@pytest.mark.parametrize("at_once", [1, 40_000, 2**24])
+@pytest.mark.parametrize("at_once", [3_000, 2**24])
 def test_ranges_found_together_are_those_found_alone(observer, ch_axis, at_once, monkeypatch):
     monkeypatch.setattr("calibquant.quantization.observer.AT_ONCE", at_once)
-    grids = [Grid(0, 15, False), Grid(0, 255, False), Grid(-8, 7, True)]
+    grids = [GRID, GRID, GRID, Grid(0, 3, False), Grid(-8, 7, True)]
     seen, whole = {}, []
-    for number in range(9):
-        watching = observer(grids[number // 3], ch_axis)
+    for number, grid in enumerate(grids):
+        watching = observer(grid, ch_axis)
         for batch in range(2):
             watching.observe(skewed(3 + batch, 2 + number % 4, 10 * number + batch))
         seen[str(number)] = watching
-        weight = skewed(2 + number, 2 + number % 2, number)
+        weight = skewed(3, 2 + number % 2, number)
         whole.append((str(number), watching, watching.whole(weight)))
     seen["of zeros"] = observer(GRID, ch_axis)
     seen["of zeros"].observe(torch.zeros(2, 3))
