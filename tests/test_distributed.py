@@ -21,6 +21,7 @@ from calibquant.solver import imagenet_util, main_imagenet, recon
 from calibquant.solver.checkpoint import load_checkpoint
 from calibquant.solver.config import load_config
 from calibquant.solver.distributed import PeerLostError, Team, talking
+from calibquant.solver.learn import Engine
 from calibquant.solver.main_distributed import main, require_equal_shares
 from calibquant.solver.peers import Peers
 from calibquant.solver.pipeline import recon_settings
@@ -50,7 +51,27 @@ WHOLE_BATCHES = {
 """Every step sees all images and nothing is random: what several processes do must be what one does."""
 
 
-def learned_by(peers: Peers, images: torch.Tensor, **changes) -> dict[str, torch.Tensor]:
+class Straying(Engine):
+    """After each of its steps a process has a little more than was learned: the others would differ."""
+
+    def __init__(self, rank: int) -> None:
+        self.factor = 1 + 1e-6 * rank
+
+    def optimizer(self, groups, device):
+        adam = super().optimizer(groups, device)
+        adam.register_step_post_hook(self.stray)
+        return adam
+
+    @torch.no_grad()
+    def stray(self, adam, *_):
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(self.factor)
+
+
+def learned_by(
+    peers: Peers, images: torch.Tensor, engine: Engine | None = None, **changes
+) -> dict[str, torch.Tensor]:
     """Everything that a full reconstruction learns, unit by unit, as it is before hardening."""
     config, learned = small_config(**WHOLE_BATCHES, **changes), {}
     settings = recon_settings(config, len(IMAGES), peers.size)
@@ -64,7 +85,7 @@ def learned_by(peers: Peers, images: torch.Tensor, **changes) -> dict[str, torch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recon, "harden", spy)
-        results = list(reconstruct(model, images, settings, 7, peers=peers))
+        results = list(reconstruct(model, images, settings, 7, peers=peers, engine=engine))
     for result in results:
         learned |= {f"{result.name} error": torch.tensor([result.error_before, result.error_after])}
         learned |= {f"{result.name} loss": torch.tensor([point.reconstruction for point in result.trace])}
@@ -80,6 +101,7 @@ def one_of_two(rank: int, folder: Path) -> None:
     found = {
         "learned": learned_by(team, IMAGES[rank::2]),
         "compensated": learned_by(team, IMAGES[rank::2], quant__recon__compensate=True),
+        "straying": learned_by(team, IMAGES[rank::2], Straying(rank)),
         "mean": team.mean(float(rank), 1 + 2 * rank),
         "total": team.total([rank, 10]),
         "first": team.from_first(lambda: f"made by {rank}"),
@@ -129,6 +151,14 @@ def test_two_processes_compensate_weights_alike_and_gain_by_it(two):
         assert torch.equal(value, second[name]), name
     plain = two[0]["learned"]
     assert float(first["classifier error"][1]) < float(plain["classifier error"][1])
+
+
+def test_processes_whose_steps_are_not_the_same_to_the_last_bit_end_with_the_same_network(two):
+    """As where one of them cannot compile."""
+    first, second = (each["straying"] for each in two)
+    expected = two[0]["learned"]
+    for name, value in first.items():
+        assert torch.equal(value, second[name]) and torch.allclose(value, expected[name], atol=0.05), name
 
 
 def test_collectives_are_plain_arithmetic(two):

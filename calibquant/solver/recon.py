@@ -237,6 +237,7 @@ def reconstruct_unit(unit: Unit, data: UnitData, means: Means, generator: torch.
     result.trace, result.unconverged = learn_unit(
         unit, learned, settings, generator, means.progress, means.engine, means.peers
     )
+    means.peers.match(unit.module)  # the same to the last bit, also where not all of them compile
     after = Errors(math.inf, None)
     if learned_is_finite(unit.module):
         result.moved = share_that_differs(began, weight_codes(unit.module))
