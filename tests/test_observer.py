@@ -42,7 +42,8 @@ def range_over(observer: type, batches: list[Tensor], ch_axis: int = PER_TENSOR)
 
 def whole_range(x: Tensor, observer: type, ch_axis: int = PER_TENSOR) -> Tensor:
     """Clipping range ``[2, rows]`` of one tensor at hand."""
-    return torch.stack(observer(GRID, ch_axis).range_of(x))
+    looking = observer(GRID, ch_axis)
+    return torch.stack(looking.search(looking.whole(x)))
 
 
 def test_minmax_covers_all_batches():
@@ -115,7 +116,7 @@ def test_nan_and_infinity_are_refused(observer, bad):
     with pytest.raises(ValueError, match="NaN or infinity"):
         observer(GRID).observe(x)
     with pytest.raises(ValueError, match="NaN or infinity"):
-        observer(GRID).range_of(x)
+        observer(GRID).whole(x)
 
 
 @ALL_OBSERVERS

@@ -16,14 +16,12 @@ from torch import Tensor
 
 from calibquant.quantization.affine import PER_TENSOR, as_stored
 from calibquant.quantization.range_search import (
+    AT_ONCE,
     Grid,
     Samples,
     golden_section_search,
     grid_search,
 )
-
-AT_ONCE = 2**24
-"""Values from which on a search is large enough."""
 
 
 def as_rows(x: Tensor, ch_axis: int) -> Tensor:
@@ -104,10 +102,6 @@ class Observer(ABC):
         """
         rows = as_rows(x.detach(), self.ch_axis)
         return Samples(rows, None, *_finite_range(rows))
-
-    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Clipping range of such a tensor, ``(min_val, max_val)``, each ``[rows]``."""
-        return self.search(self.whole(x))
 
     def observe(self, x: Tensor) -> None:
         """Take one batch into the statistics."""
