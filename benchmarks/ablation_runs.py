@@ -167,13 +167,14 @@ def image_metrics(expected: Tensor, found: Tensor, target: Tensor, temperature: 
     noise than the drop: of an image whose prediction changes a label says 100, 0 or -100.
 
     Args:
-        expected, found: logits ``[1, classes]`` of the float network and of the other.
+        expected, found: logits ``[1, classes]`` of the float network and of the other, which may have
+            diverged: KL then is NaN.
         target: class ``[1]``.
         temperature: of the float network's probabilities, see :func:`fitted_temperature`.
     """
     chances = 100 * (expected.double() / temperature).softmax(1)[0]
     drop = chances[expected.argmax()] - chances[found.argmax()]
-    return asdict(Reference([expected], [target]).compare([found])) | {"expected_drop": float(drop)}
+    return asdict(Reference([expected], [target]).cost([found])) | {"expected_drop": float(drop)}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,13 +10,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calibquant.errors import UserError
+from calibquant.model.quant_layer import layers
+from calibquant.quantization.rounding import StraightThroughRounding
 from calibquant.solver import cache_plan, recon
 from calibquant.solver.cache_plan import Need, Room, choose_store, estimate, room
 from calibquant.solver.caches import FileStore, Store, UnitData, batches_of, run_batched, staged_batches
+from calibquant.solver.compensate import Given, compensate_layer, layer_sums
 from calibquant.solver.fast import FastEngine
 from calibquant.solver.learn import Engine
 from calibquant.solver.pipeline import recon_settings
 from calibquant.solver.recon import reconstruct, store_for
+from tests.peak import growth
 from tests.small import calibrated_model, small_config
 
 IMAGES = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -150,12 +155,19 @@ def test_what_torch_keeps_of_freed_gpu_memory_is_free(tmp_path, monkeypatch):
     [(".", "max", "current", ""), ("memory", "limit_in_bytes", "usage_in_bytes", "total_")],
     ids=["cgroup v2", "cgroup v1"],
 )
+@pytest.mark.parametrize("nested", ["/", "/job/step"])
 def test_files_that_a_container_has_read_leave_its_memory_free(
-    folder, limit, used, prefix, tmp_path, monkeypatch
+    folder, limit, used, prefix, nested, tmp_path, monkeypatch
 ):
+    """Also where the group is one of a job's own inside the system's, as batch systems make them."""
+    controllers = "" if folder == "." else "cpu,memory"
+    groups = tmp_path / "groups"
+    groups.write_text(f"13:pids:/other\n0:{controllers}:{nested}\n")
     monkeypatch.setattr(cache_plan, "CGROUP", tmp_path)
-    group = tmp_path / folder
-    group.mkdir(exist_ok=True)
+    monkeypatch.setattr(cache_plan, "GROUPS_OF_THIS_PROCESS", groups)
+    group = tmp_path / folder / nested.strip("/")
+    group.mkdir(parents=True, exist_ok=True)
+    (tmp_path / folder / f"memory.{limit}").write_text("max\n")
     (group / f"memory.{limit}").write_text(f"{20 * MIB}\n")
     (group / f"memory.{used}").write_text(f"{19 * MIB}\n")
     assert room(CPU, tmp_path).host == MIB
@@ -165,10 +177,13 @@ def test_files_that_a_container_has_read_leave_its_memory_free(
         assert room(CPU, tmp_path).host == free * MIB
 
 
-def chosen(device, room, folder, monkeypatch, **changes):
-    """The store for a network on a device that need not be there: caches 10, compensation 4, a step 3."""
+NEED = Need(10 * GIB, 4 * GIB, 2 * GIB, 5 * GIB, 3 * GIB)
+
+
+def chosen(device, room, folder, monkeypatch, need=NEED, **changes):
+    """The store for a network on a device that need not be there: caches 10, compensation 5, a step 3."""
     settings = recon_settings(small_config(**changes))
-    monkeypatch.setattr(cache_plan, "estimate", lambda *_: Need(10 * GIB, 4 * GIB, 3 * GIB))
+    monkeypatch.setattr(cache_plan, "estimate", lambda *_: need)
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *_: x)
     model = SimpleNamespace(buffers=lambda: iter([SimpleNamespace(device=device)]))
     return choose_store(model, IMAGES, settings, folder, free=lambda *_: room)
@@ -177,13 +192,13 @@ def chosen(device, room, folder, monkeypatch, **changes):
 @pytest.mark.parametrize(
     ("device", "room", "where"),
     [
-        ("cuda", (16, 0, 0), "cuda"),  # 10 + 4: compensation is over when the first step begins
-        ("cuda", (15, 16, 0), "cpu"),
-        ("cuda", (4, 16, 0), "cpu"),  # a step on the GPU, all else in host memory
+        ("cuda", (17, 0, 0), "cuda"),  # 10 + 5: compensation is over when the first step begins
+        ("cuda", (16, 16, 0), "cpu"),
+        ("cuda", (4, 16, 0), "cpu"),  # a step and moments on the GPU, all else in host memory
         ("cuda", (4, 15, 12), "files"),
         ("cuda", (4, 4, 12), None),  # compensation's rows are in host memory also then
-        ("cpu", (16, 16, 0), "cpu"),
-        ("cpu", (15, 15, 12), "files"),
+        ("cpu", (17, 17, 0), "cpu"),
+        ("cpu", (16, 16, 12), "files"),
     ],
 )
 def test_a_step_s_memory_is_what_compensation_had_before(device, room, where, tmp_path, monkeypatch):
@@ -204,7 +219,45 @@ def test_compensation_s_rows_are_estimated_apart_from_the_caches():
         needs.append(estimate(model, IMAGES[:1], len(IMAGES), settings))
     without, with_them = needs
     assert (with_them.caches, with_them.step) == (without.caches, without.step)
-    assert without.compensation == 0 < with_them.compensation
+    assert (without.rows, without.moments, without.compensation) == (0, 0, 0)
+    assert 0 < max(with_them.rows, with_them.moments) <= with_them.compensation
+
+
+def test_the_moments_of_a_layer_s_inputs_take_no_more_than_was_estimated():
+    """They grow with the square of a layer's fan-in, whatever the images; here 576."""
+    config = {
+        "model__kwargs": {"num_classes": 10, "small_images": True, "base_width": 8},
+        "quant__recon__compensate": True,
+    }
+    model, settings = small_model(**config)
+    (layer,) = [layer for name, layer in layers(model) if name == "blocks.7.join.last"]
+    x = torch.rand(32, 64, 4, 4, generator=torch.Generator().manual_seed(1))
+    given = [Given(part, part + 0.01, held_out) for part, held_out in ((x[:24], False), (x[24:], True))]
+    taken = growth()
+    with torch.no_grad():
+        sums = layer_sums(layer, given, 16 * 576 / 32, 0.5, torch.Generator().manual_seed(2))
+        compensate_layer(layer, *sums, StraightThroughRounding)
+    least = 8 * 4 * 576**2  # of the learned, those held out and all: sums, and central ones
+    assert least < 1024 * taken() < estimate(model, IMAGES[:1], len(IMAGES), settings).moments
+
+
+def test_moments_that_a_gpu_has_no_room_for_are_told_before_the_run(tmp_path, monkeypatch):
+    need = Need(GIB, GIB, 6 * GIB, 7 * GIB, GIB)
+    with pytest.raises(UserError, match=r"compensate needs about 6\.0 GiB .* 5\.0 GiB are free on cuda"):
+        chosen(GPU, Room(5 * GIB, 50 * GIB, 0), tmp_path, monkeypatch, need)
+
+
+def test_a_file_for_activations_has_its_place_on_the_disk_before_it_is_written(tmp_path, monkeypatch):
+    """A disk that is full only when the mapping is written would end the process by a signal."""
+    seen = []
+
+    def look(name, **_):
+        seen.append(Path(name).stat().st_blocks * 512)
+        return torch.zeros(MIB)
+
+    monkeypatch.setattr(torch, "from_file", look)
+    FileStore(torch.float32, tmp_path).empty((MIB,), torch.float32)
+    assert seen[0] >= 4 * MIB
 
 
 def test_caches_for_a_gpu_are_plain_host_memory(tmp_path, monkeypatch):

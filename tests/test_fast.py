@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch._inductor.utils import fresh_cache
+from torch.optim.adam import adam
 
 from calibquant.model.quant_layer import layers
 from calibquant.solver import fast, learn
@@ -98,12 +100,17 @@ def test_compiled_steps_follow_the_plain_ones_on_every_type_of_unit(
         assert torch.equal(loaded(IMAGES), compiled_model(IMAGES))
 
 
+def compiled_adam(groups):
+    """As an engine makes it, but that what cannot be compiled is raised."""
+    return CompiledAdam(groups, lambda call: call())
+
+
 def test_compiled_adam_moves_parameters_as_torchs_own_does():
     start = [
         torch.randn(*size, generator=torch.Generator().manual_seed(1)) for size in ((5, 3, 2, 2), (7,))
     ]
     ends = []
-    for kind in (torch.optim.Adam, CompiledAdam):
+    for kind in (torch.optim.Adam, compiled_adam):
         parameters = [torch.nn.Parameter(x.clone()) for x in start]
         rate = torch.tensor(0.1)
         optimizer = kind([{"params": parameters[:1], "lr": 0.02}, {"params": parameters[1:], "lr": rate}])
@@ -121,7 +128,7 @@ def test_compiled_adam_moves_parameters_as_torchs_own_does():
 def test_adam_moves_parameters_of_more_shapes_than_the_compilers_limit(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     parameters = [torch.nn.Parameter(torch.ones(2, 3 + number)) for number in range(20)]
-    optimizer = CompiledAdam([{"params": [parameter], "lr": 0.1} for parameter in parameters])
+    optimizer = compiled_adam([{"params": [parameter], "lr": 0.1} for parameter in parameters])
     sum((p**2).sum() for p in parameters).backward()
     optimizer.step()
     assert all(torch.allclose(p, torch.full_like(p, 0.9), atol=1e-5) for p in parameters)
@@ -132,9 +139,43 @@ def test_more_shapes_than_are_compiled_for_are_told_not_raised(monkeypatch):
     monkeypatch.setattr(fast, "MOST_GROUPS", 4)
     torch.compiler.reset()  # what other tests have compiled for
     parameters = [torch.nn.Parameter(torch.ones(2, 3 + number)) for number in range(9)]
-    optimizer = CompiledAdam([{"params": [parameter], "lr": 0.1} for parameter in parameters])
+    optimizer = compiled_adam([{"params": [parameter], "lr": 0.1} for parameter in parameters])
     sum((p**2).sum() for p in parameters).backward()
     assert isinstance(fast.compile_trouble(optimizer.step), str)
+
+
+def test_where_an_optimizer_cannot_be_compiled_the_step_before_it_is_not_taken_twice(monkeypatch, caplog):
+    """Of several processes those that can compile would otherwise wait for this one's second average."""
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    def on_a_cpu(*tensors, **options):
+        adam(*tensors, **options | {"foreach": False, "capturable": False})
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    monkeypatch.setattr(fast, "adam", on_a_cpu)
+    engine, taken = FastEngine(), []
+    engine.compiles = True
+    parameters = [torch.nn.Parameter(torch.ones(2, 3 + number)) for number in range(2)]
+    groups = [{"params": [parameter], "lr": 0.1} for parameter in parameters]
+    optimizer = engine.optimizer(groups, torch.device("cuda"))
+
+    def one_step():
+        optimizer.zero_grad()
+        sum((p**2).sum() for p in parameters).backward()
+        taken.append(len(taken))
+        optimizer.step()
+
+    step = engine.step(one_step, torch.Generator())
+    for number in range(1, 3):
+        step()
+        assert len(taken) == number
+        expected = 1 - 0.1 * number
+        assert all(torch.allclose(p, torch.full_like(p, expected), atol=1e-3) for p in parameters)
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        "steps run uncompiled, several times slower: disk full"
+    ]
 
 
 def test_units_of_one_kind_share_what_is_compiled(monkeypatch):
@@ -212,10 +253,11 @@ def test_what_a_compilation_killed_on_the_way_left_does_no_harm():
 
 
 @pytest.mark.parametrize("another_cache", [True, False])
-def test_where_compiling_fails_later_steps_go_on_as_written(monkeypatch, caplog, another_cache):
+def test_where_compiling_fails_later_steps_go_on_as_written(monkeypatch, caplog, tmp_path, another_cache):
     def broken(*_):
         raise OSError("disk full")
 
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     if not another_cache:
         monkeypatch.setattr(fast, "fresh_cache", broken)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
@@ -225,9 +267,10 @@ def test_where_compiling_fails_later_steps_go_on_as_written(monkeypatch, caplog,
     with caplog.at_level("WARNING", logger="calibquant"):
         _, results = run(engine, quant__recon__drop_prob=1.0)
     assert [r.trace for r in results] == [r.trace for r in plain]
-    (record,) = [r for r in caplog.records if r.name == "calibquant"]
+    (record,) = [r for r in caplog.records if r.levelname == "WARNING"]  # torch has nothing to add
     assert "steps run uncompiled" in record.getMessage()
     assert "disk full" in record.getMessage()
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith("torchinductor_")]
 
 
 def test_small_work_is_not_compiled(monkeypatch):

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from calibquant.errors import UserError
+from calibquant.model.quant_layer import QuantLayer, layers
 from calibquant.model.quant_resnet import QuantResNet
 from calibquant.quantization.state import quantizer_inputs
 from calibquant.solver.augment import rows_of
 from calibquant.solver.caches import CACHE_TYPES, FileStore, Store, live_names
-from calibquant.solver.compensate import number_of_rows
+from calibquant.solver.compensate import groups_of, number_of_rows
 from calibquant.solver.learn import ReconSettings
 from calibquant.solver.memory import return_freed_memory
 
@@ -24,8 +25,10 @@ SPARE = 0.9
 """Share of what is free that a run may take."""
 TENSORS_PER_SITE = 4
 """Tensors of a step for each quantizer and each input: value, output, gradient, one in passing."""
-CGROUP = Path("/sys/fs/cgroup")
-"""Where Linux tells the limits of the control group."""
+MOMENTS = 20
+"""Matrices as large as a layer's second moments that compensation holds with them (measured)."""
+CGROUP, GROUPS_OF_THIS_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Where Linux tells the limits of control groups, and which of them this process is in."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,16 @@ class Need:
 
     Attributes:
         caches: activations of all images.
-        compensation: what stands between a unit's layers for the images that compensation looks at, in
-            memory even where the caches are files; freed before the unit's first step.
+        rows: what stands between a unit's layers for the images that compensation looks at, in memory even
+            where the caches are files.
+        moments: of a layer's inputs, and what compensation makes of them, on the working device.
+        compensation: both together; freed before the unit's first step.
         step: one optimisation step, on the working device.
     """
 
     caches: int
+    rows: int
+    moments: int
     compensation: int
     step: int
 
@@ -64,7 +71,7 @@ def estimate(model: QuantResNet, image: Tensor, count: int, settings: ReconSetti
     size = CACHE_TYPES[settings.cache].itemsize
     here = {"x": image}
     stored = {"x": image.numel() * image.element_size()}  # of both networks: the images are shared
-    caches = compensation = step = 0
+    caches = rows = moments = compensation = step = 0
     units = model.units(settings.granularity, settings.merge)
     for index, unit in enumerate(units):
         inputs = [here[name] for name in unit.reads]
@@ -77,11 +84,19 @@ def estimate(model: QuantResNet, image: Tensor, count: int, settings: ReconSetti
         caches = max(caches, count * (sum(stored.values()) + target + (0 if over else target)))
         if settings.compensate:  # inputs, and what stands between a unit's layers, of both networks
             seen = number_of_rows(count, out[0, 0].numel())
-            compensation = max(compensation, seen * 2 * size * (elements + out.numel()))
+            between = seen * 2 * size * (elements + out.numel())
+            largest = max(moments_of(layer) for _, layer in layers(unit.module))
+            rows, moments = max(rows, between), max(moments, largest)
+            compensation = max(compensation, between + largest)
         here[unit.writes], stored[unit.writes] = out, 2 * target
         still_read = live_names(units[index + 1 :])
         stored = {name: bytes_ for name, bytes_ in stored.items() if name in still_read}
-    return Need(caches, compensation, step)
+    return Need(caches, rows, moments, compensation, step)
+
+
+def moments_of(layer: QuantLayer) -> int:
+    """Bytes that compensation takes for a layer's second moments and what it makes of them."""
+    return MOMENTS * 4 * groups_of(layer) * layer.weight[0].numel() ** 2
 
 
 def room(device: torch.device, folder: Path) -> Room:
@@ -120,7 +135,7 @@ def choose_store(
     have = Room(found.device, found.host // processes, found.disk // processes)
     on_gpu, cpu = device.type == "cuda", torch.device("cpu")
     in_turn = max(need.compensation, need.step)
-    beside = need.compensation if on_gpu else in_turn  # in host memory, wherever the caches are
+    beside = need.rows if on_gpu else in_turn  # in host memory, wherever the caches are
     logger.info(
         "memory: activations %s, compensation %s, then a step %s",
         *map(_size, (need.caches, need.compensation, need.step)),
@@ -129,6 +144,11 @@ def choose_store(
         raise UserError(
             f"a step of quant.recon.batch_size {settings.batch_size} needs about {_size(need.step)}, "
             f"{_size(have.device)} are free on {device}; lower quant.recon.batch_size"
+        )
+    if need.moments > SPARE * have.device:
+        raise UserError(
+            f"quant.recon.compensate needs about {_size(need.moments)} for moments of a layer's inputs, "
+            f"{_size(have.device)} are free on {device}; allowed there is false"
         )
     if on_gpu and settings.keep_gpu:
         if need.caches + in_turn <= SPARE * have.device:
@@ -163,23 +183,44 @@ def _size(count: float) -> str:
 
 
 def _host_memory() -> int:
-    """Free host memory in bytes, as far as Linux tells; elsewhere practically unlimited."""
+    """Free host memory in bytes, as far as Linux tells; elsewhere practically unlimited.
+
+    Of this process's control group and of those above it each may have a limit.
+    """
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return 2**50
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
     free = int(lines["MemAvailable"].split()[0]) * 1024
-    for group, limit, used, prefix in (
-        (CGROUP, "memory.max", "memory.current", ""),
-        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    for root, controller, limit, used, prefix in (
+        (CGROUP, "", "memory.max", "memory.current", ""),
+        (CGROUP / "memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
-        words = [
-            path.read_text().strip() if path.exists() else "" for path in (group / limit, group / used)
-        ]
-        if words[0].isdigit() and words[1].isdigit():
-            taken = max(0, int(words[1]) - _page_cache(group / "memory.stat", prefix))
-            free = min(free, max(0, int(words[0]) - taken))
+        for group in _groups(root, controller):
+            words = [
+                path.read_text().strip() if path.exists() else "" for path in (group / limit, group / used)
+            ]
+            if words[0].isdigit() and words[1].isdigit():
+                taken = max(0, int(words[1]) - _page_cache(group / "memory.stat", prefix))
+                free = min(free, max(0, int(words[0]) - taken))
     return free
+
+
+def _groups(root: Path, controller: str) -> list[Path]:
+    """This process's control group in a hierarchy, and all above it.
+
+    Args:
+        root: where the hierarchy is mounted.
+        controller: one that version 1's hierarchy has; empty for version 2's only one.
+    """
+    path = "/"
+    if GROUPS_OF_THIS_PROCESS.exists():
+        for line in GROUPS_OF_THIS_PROCESS.read_text().splitlines():  # cgroups(7)
+            _, controllers, where = line.split(":", 2)
+            if controller in controllers.split(","):
+                path = where
+    group = root / path.strip("/")
+    return [group, *(above for above in group.parents if above.is_relative_to(root))]
 
 
 def _page_cache(stat: Path, prefix: str) -> int:

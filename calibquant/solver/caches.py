@@ -4,6 +4,8 @@ Activations of all calibration images are what reconstruction holds in memory. T
 working device, or in host memory, or, where that is too small as well, in memory-mapped files.
 """
 
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -76,6 +78,8 @@ class FileStore(Store):
     def _allocate(self, count: int, dtype: torch.dtype) -> Tensor:
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="activations_", suffix=".tmp") as file:
             file.truncate(count * dtype.itemsize)
+            if sys.platform == "linux":  # else a disk that is full later ends the process by a signal
+                os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
 
 
@@ -177,8 +181,16 @@ class Batches:
 
 @dataclass
 class StagedBatches(Batches):
-    """Batches of caches that live elsewhere: a thread gathers the next one while a step runs."""
+    """Batches of caches that live elsewhere: a thread gathers the next one while a step runs.
 
+    Attributes:
+        places: the tensors of quantized, full and target, each once.
+        source: the caches that they get their rows from.
+        staging: for each of them two buffers in host memory, in turn.
+        ready: when a buffer may be filled again; empty without a GPU.
+    """
+
+    places: list[Tensor] = field(default_factory=list)
     source: list[Tensor] = field(default_factory=list)
     staging: list[list[Tensor]] = field(default_factory=list)
     ready: list[torch.cuda.Event] = field(default_factory=list)
@@ -197,7 +209,7 @@ class StagedBatches(Batches):
 
     def stage(self, step: int) -> None:
         gathered = self.next.result()
-        for place, rows in zip(self._places(), gathered, strict=True):
+        for place, rows in zip(self.places, gathered, strict=True):
             place.copy_(rows, non_blocking=True)
         if self.ready:
             self.ready[step % 2].record(torch.cuda.current_stream(self.target.device))
@@ -210,10 +222,6 @@ class StagedBatches(Batches):
         for source, buffer in zip(self.source, buffers, strict=True):
             torch.index_select(source, 0, rows, out=buffer)
         return buffers
-
-    def _places(self) -> list[Tensor]:
-        mixed = [f for q, f in zip(self.quantized, self.full, strict=True) if f is not q]
-        return [*self.quantized, *mixed, self.target]
 
 
 def batches_of(data: UnitData, order: Tensor, device: torch.device) -> Batches:
@@ -241,4 +249,4 @@ def staged_batches(data: UnitData, order: Tensor, device: torch.device) -> Stage
     full = [q if same else next(free) for q, same in zip(quantized, shared, strict=True)]
     staging = [buffers(cpu, pinned=on_gpu) for _ in range(2)]
     ready = [torch.cuda.Event() for _ in range(2)] if on_gpu else []
-    return StagedBatches(quantized, full, places[-1], order, source, staging, ready)
+    return StagedBatches(quantized, full, places[-1], order, places, source, staging, ready)

@@ -253,7 +253,7 @@ KEYS: list[Key] = [
     Key(
         "quant.recon.b_range",
         list(RECON["b_range"]),
-        sequence(number(0, open_low=True), "a list of two numbers above 0", 2),
+        sequence(number(1), "a list of two numbers of at least 1", 2),
         "exponent of the regulariser, from its first value linearly to its second",
     ),
     Key(

@@ -95,6 +95,13 @@ class Reference:
         Raises:
             UserError: a logit is no number.
         """
+        cost = self.cost(outputs)
+        if not math.isfinite(cost.kl):
+            raise UserError(NO_NUMBERS)
+        return cost
+
+    def cost(self, outputs: Iterable[Tensor]) -> Cost:
+        """The same; where a logit is no number, KL is none."""
         images = agreements = hits = 0
         divergence = 0.0
         for number, (expected, found) in enumerate(zip(self.logits, outputs, strict=True)):
@@ -105,8 +112,6 @@ class Reference:
             divergence += float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
             if self.targets is not None:
                 hits += int((predicted == self.targets[number]).sum())
-        if not math.isfinite(divergence):
-            raise UserError(NO_NUMBERS)
         top1 = None if self.targets is None else 100 * hits / images
         return Cost(divergence / images, 100 * agreements / images, top1)
 
