@@ -49,6 +49,7 @@ from benchmarks.ablation_report import (
 from benchmarks.ablation_runs import Result, Scorer, execute, keep, recall
 from benchmarks.speed import machine
 from calibquant.errors import UserError
+from calibquant.paths import is_dir
 from calibquant.solver.config import check_config, load_config, plain
 from calibquant.solver.files import require_writable, write_json
 from calibquant.solver.run_log import versions
@@ -59,7 +60,11 @@ def main() -> None:
     args = arguments()
     config, points = prepare(args)
     scores = read_scores(args.scores, points) if args.scores else {}
-    for folder in (args.work, *(path.parent for path in (args.out, args.plot) if path)):
+    outputs = {name: path for name, path in (("--out", args.out), ("--plot", args.plot)) if path}
+    for option, path in outputs.items():
+        if is_dir(path):
+            raise UserError(f"{option} {path}: is a folder, allowed is the name of a file")
+    for folder in (args.work, *(path.parent for path in outputs.values())):
         require_writable(folder)
     device = choose_device(args.device)
     others = unused(config.data, points) if args.unused else []

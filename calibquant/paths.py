@@ -30,3 +30,10 @@ def is_dir(path: Path) -> bool:
 def is_file(path: Path) -> bool:
     """Whether there is such a file; unlike Path.is_file, false for names too long or out of reach."""
     return os.path.isfile(path)  # noqa: PTH113
+
+
+def why_no_file(path: Path) -> str:
+    """What keeps a path from being that of a regular file, in words."""
+    if is_dir(path):
+        return "is a folder"
+    return "is no regular file" if os.path.exists(path) else "no such file"  # noqa: PTH110

@@ -1,6 +1,7 @@
 """Ablations: paired statistics against synthetic data, and the real command on a tiny network."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -71,6 +72,12 @@ def test_equal_variants_differ_by_nothing_and_one_image_gives_no_interval(images
     assert same.mean == same.low == same.high == 0
     one = paired_difference(np.ones(1), np.zeros(1))
     assert one.mean == 1 and np.isnan(one.low) and np.isnan(one.high)
+
+
+def test_an_image_on_which_a_network_diverged_has_no_kl():
+    expected, target = torch.tensor([[2.0, 1.0]]), torch.tensor([0])
+    found = image_metrics(expected, torch.full((1, 2), torch.nan), target, 1.0)
+    assert math.isnan(found["kl"])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -299,6 +306,7 @@ MISTAKES = {
         *["--variants", "ours", "--sets", "list0.txt", "--scores", "other.json"]
     ],
     "has no score of the set": ["--variants", "ours", "--scores", "empty.json"],
+    "--out broken: is a folder": ["--variants", "ours", "--out", "broken"],
     "--plot p.jpg: allowed are": ["--variants", "ours", "--plot", "p.jpg"],
     "runs calibrate with every image": ["--variants", "ours", "--images", "16", "--unused"],
     "is no valid YAML value": ["--variants", "ours,quant.recon.iters=2020-13-01"],

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -141,6 +142,8 @@ def mistakes():
         "grey images": ({"calibration_images": images()[:, :1]}, "calibration_images is [8, 1, 32, 32]"),
         "no image": ({"calibration_images": images(0)}, "calibration_images is [0, 3, 32, 32]"),
         "oblong images": ({"calibration_images": images()[..., :16]}, "allowed is [N, 3, H, H]"),
+        "images without values": ({"calibration_images": images().to("meta")}, "is on the meta device"),
+        "sparse images": ({"calibration_images": images().to_sparse()}, "calibration_images is sparse_coo"),
         "bytes": ({"calibration_images": images().byte()}, "calibration_images is uint8"),
         "NaN in images": ({"calibration_images": images() * torch.nan}, "NaN"),
         "an unknown key": (
@@ -151,6 +154,7 @@ def mistakes():
         "another network": ({"config": {"model.type": "resnet34"}}, "model.type is resnet34, but what is"),
         "another size": ({"config": {"data.input_size": 16}}, "data.input_size is 16, but what is given"),
         "no file": ({"config": "nowhere.yaml"}, "nowhere.yaml: cannot be read"),
+        "a name with NUL": ({"config": "a\0b"}, "cannot be read: embedded null byte"),
         "a number": ({"config": 3}, "config: the file is 3"),
     }
 
@@ -170,13 +174,51 @@ def test_only_what_quantize_returns_is_saved_or_exported(tmp_path):
             refuse(nn.Linear(2, 2), tmp_path / "x.onnx")
     with pytest.raises(calibquant.UserError, match=r"nowhere\.pth: No such file"):
         calibquant.load_quantized(tmp_path / "nowhere.pth")
+    for path, words in ((None, "path is a NoneType"), ("a\0b", "allowed is a name without NUL")):
+        with pytest.raises(calibquant.UserError, match=words):
+            calibquant.load_quantized(path)
 
 
-def test_what_was_converted_after_quantization_is_not_saved(small, tmp_path):
-    quantized = copy.deepcopy(small[1]).half()
-    with pytest.raises(calibquant.UserError, match="is float16, allowed is float32"):
-        calibquant.save_quantized(quantized, tmp_path / "half.pth")
-    assert not (tmp_path / "half.pth").exists()
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"score": np.float64(98.5)}, "it holds a float64 that is no plain value"),
+    ({"score": torch.ones(1)}, "Tensor is not JSON serializable"),
+    ({"shape": (3, 4)}, "it holds a tuple"),
+    ({"names": {"a"}}, "it holds a set"),
+    ({1: "note"}, "a key that is no text"),
+    (None, "it is a NoneType"),
+])  # fmt: skip
+def test_metadata_that_could_not_be_loaded_again_is_not_saved(small, tmp_path, changes, words):
+    """And what stood there stays."""
+    quantized, path = copy.copy(small[1]), tmp_path / "model.onnx"
+    path.write_bytes(b"before")
+    quantized.metadata = changes and quantized.metadata | changes
+    for write in (calibquant.save_quantized, calibquant.export_onnx):
+        with pytest.raises(calibquant.UserError, match=f"metadata cannot be saved: .*{words}"):
+            write(quantized, path)
+    assert path.read_bytes() == b"before"
+    quantized.metadata = small[1].metadata | {"score": 98.5, "notes": ["a", None]}
+    calibquant.save_quantized(quantized, path)
+    assert calibquant.load_quantized(path).metadata == quantized.metadata
+
+
+def test_a_network_that_could_not_be_loaded_again_is_not_saved(small, tmp_path):
+    broken, other = (copy.deepcopy(small[1]) for _ in range(2))
+    broken.network.classifier.fc.bias[0] = torch.nan
+    other.config.quant.w_qconfig.bit = 8
+    for model, words in ((broken, "bias holds NaN"), (other, "is not the network's")):
+        with pytest.raises(calibquant.UserError, match=words):
+            calibquant.save_quantized(model, tmp_path / "x.pth")
+    assert not (tmp_path / "x.pth").exists()
+
+
+def test_what_was_converted_after_quantization_is_neither_saved_nor_exported(small, tmp_path):
+    half, empty = copy.deepcopy(small[1]).half(), copy.deepcopy(small[1]).to("meta")
+    for write in (calibquant.save_quantized, calibquant.export_onnx):
+        with pytest.raises(calibquant.UserError, match="is float16, allowed is float32"):
+            write(half, tmp_path / "x.onnx")
+        with pytest.raises(calibquant.UserError, match="is on the meta device, which holds no values"):
+            write(empty, tmp_path / "x.onnx")
+    assert not (tmp_path / "x.onnx").exists()
 
 
 def test_of_few_images_a_step_takes_all_as_the_script_does(small, monkeypatch):
@@ -193,9 +235,14 @@ def test_of_few_images_a_step_takes_all_as_the_script_does(small, monkeypatch):
 def test_the_exported_network_names_its_classes(small, tmp_path):
     _, quantized = small
     path = tmp_path / "own.onnx"
-    calibquant.export_onnx(quantized, path, ["a", "b", "c", "d"])
+    calibquant.export_onnx(quantized, path, np.array(["a", "b", "c", "d"]))
     exported = onnx.load(path)
     assert {p.key: p.value for p in exported.metadata_props}["classes"] == '["a", "b", "c", "d"]'
+    for classes in ("abcd", set("abcd"), [1, 2, 3, 4], 4):
+        with pytest.raises(calibquant.UserError, match="allowed is a list of the outputs' names"):
+            calibquant.export_onnx(quantized, path, classes)
+    with pytest.raises(calibquant.UserError, match="opset is '21', allowed is an integer"):
+        calibquant.export_onnx(quantized, path, opset="21")
     (logits,) = run_onnx(exported, images(side=16))
     with torch.no_grad():
         assert relative_difference(logits, quantized(images(side=16))).median() < 1e-5

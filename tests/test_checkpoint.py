@@ -184,8 +184,14 @@ def test_a_bare_name_is_found_in_the_configs_folder(tmp_path):
     _, config, path = saved(tmp_path)
     assert find_checkpoint(path.name, config, tmp_path) == path
     assert find_checkpoint(str(path), config, tmp_path) == path
-    with pytest.raises(UserError, match="no such file"):
-        find_checkpoint("missing.pth", config, tmp_path)
+    inside = path.relative_to(path.parents[1])
+    for name, words in {
+        "missing.pth": rf"missing\.pth: no such file, neither as a path nor as .*{inside.parent}/missing",
+        "sub/missing.pth": r"sub/missing\.pth: no such file$",  # looked for nowhere else
+        str(tmp_path): "is a folder$",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            find_checkpoint(name, config, tmp_path)
 
 
 @pytest.mark.parametrize(("changes", "key"), [

@@ -101,7 +101,7 @@ def test_every_mistake_is_one_clear_line_and_exit_code_2(saved, tmp_path, monkey
     mistakes = [
         ((*model, "--out", tmp_path / "model.pth"), {}, "allowed is the name of a file that ends in .onnx"),
         ((*model, "--out", tmp_path / f"{'a' * 300}.onnx"), {}, "cannot be written: File name too long"),
-        ((*model, "--out", tmp_path / "folder.onnx"), {}, "folder.onnx: allowed is the name of a file"),
+        ((*model, "--out", tmp_path / "folder.onnx"), {}, "folder.onnx: is a folder, allowed is"),
         ((*model, "--out", path / "inside.onnx"), {}, "cannot be written: "),
         ((*model, *good, "--opset", "12"), {}, "opset is 12, allowed are 13 to"),
         (("--quantized_model_path", "none.pth", *good), {}, "none.pth: no such file"),

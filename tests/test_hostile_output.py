@@ -125,9 +125,9 @@ def test_a_file_where_a_folder_must_be_is_named(tmp_path: Path, monkeypatch: pyt
     draws = iter(range(9))  # names are not tried without end
     monkeypatch.setattr("calibquant.solver.checkpoint.secrets.randbelow", lambda _: next(draws))
     refused(lambda: save_checkpoint(model, config, {}, root), "cannot be written: Not a directory")
-    refused(lambda: save_checkpoint(model, config, {}, inside.parent), "cannot be written: File exists")
+    refused(lambda: save_checkpoint(model, config, {}, inside.parent), "cannot be written: Not a directory")
     refused(lambda: start_run(str(root), config).__enter__(), "cannot be made: Not a directory")
-    refused(lambda: require_writable(root), "cannot be written: File exists")
+    refused(lambda: require_writable(root), "cannot be written: Not a directory")
     assert everything(tmp_path) == {str(root): b"mine", str(inside): b"mine"}
 
 

@@ -174,7 +174,7 @@ def test_nothing_is_loaded_where_something_is_wrong(tmp_path: Path) -> None:
 
 def test_a_missing_file_or_a_folder_is_named(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere.pth", "no such file")
-    refused(tmp_path, "no such file")
+    refused(tmp_path, "is a folder")
 
 
 class Code:

@@ -20,7 +20,7 @@ import yaml
 from calibquant.errors import UserError
 from calibquant.model.quant_resnet import Unit
 from calibquant.quantization.fake_quant import FixedFakeQuantize, IntegerWeight
-from calibquant.solver import learn
+from calibquant.solver import learn, main_imagenet
 from calibquant.solver.pipeline import recon_settings
 from calibquant.solver.recon import UnitResult, reconstruct
 from calibquant.solver.resume import RunState, identity, run_state
@@ -180,6 +180,44 @@ def test_scores_outlive_an_interrupt_and_hinder_no_other_run(tmp_path):
         state.require_same({"config x": "2"})
         assert state.score("float") is None
         state.require_same({"config x": "2"})
+
+
+def test_a_run_stopped_after_saving_saves_no_second_file(place, monkeypatch):
+    config = write_config(place, data__type="stopped", quant__recon__iters=1, **SOON_CALIBRATED)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["main_imagenet.py", "--config", str(config)])
+    scored, evaluate = [], main_imagenet.evaluate
+
+    def interrupted(*args):
+        scored.append(len(scored))
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(main_imagenet, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main_imagenet.main()
+    (saved,) = checkpoints(place, "stopped")
+    main_imagenet.main()
+    assert checkpoints(place, "stopped") == [saved]
+    main_imagenet.main()
+    assert len(checkpoints(place, "stopped")) == 2, "a run of its own has a file of its own"
+
+
+def test_a_saved_file_that_is_gone_is_saved_again(tmp_path):
+    state = RunState(tmp_path)
+    paths = [tmp_path / "one.pth", tmp_path / "two.pth"]
+    for path in paths:
+        assert state.saved(lambda path=path: (path.touch(), path)[1]) == path
+        path.unlink()
+
+
+def test_a_configs_path_need_not_be_utf8(tmp_path):
+    folders = []
+    for name in (b"caf\xe9.yaml", b"caf\xe8.yaml"):
+        with run_state(os.fsdecode(name), False, tmp_path) as state:
+            folders.append(state.folder)
+    assert len(set(folders)) == 2
 
 
 def test_of_long_settings_what_differs_is_named(tmp_path):

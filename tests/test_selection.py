@@ -477,6 +477,13 @@ def test_what_is_wrong_is_one_line_and_code_2(place, run, arguments, words):
     assert code == 2 and errors.startswith(f"error: {words}") and errors.count("\n") == 1, errors
 
 
+def test_a_list_may_begin_with_a_byte_order_mark(place, tmp_path):
+    train = place / "imagenet" / "train"
+    name = str(next(train.rglob("*.JPEG")).relative_to(train))
+    (tmp_path / "list.txt").write_text(f"{name}\n", encoding="utf-8-sig")
+    assert find_set(tmp_path / "list.txt", train).names == [name]
+
+
 @pytest.mark.parametrize("respell", ["./{}", "../train/{}", "{train}/{}", "link"])
 def test_a_list_names_no_image_twice_however_it_is_spelled(place, tmp_path, respell):
     train = place / "imagenet" / "train"

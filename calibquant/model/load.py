@@ -13,7 +13,7 @@ from torch import Tensor
 from calibquant.errors import UserError, printable
 from calibquant.model.archive import check_zip, is_plain_tensor, is_zip
 from calibquant.model.resnet import ARCHITECTURES, ResNet
-from calibquant.paths import expand, is_file
+from calibquant.paths import expand, is_file, why_no_file
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts save a state dict."""
@@ -76,7 +76,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         UserError: the file cannot be read, holds more than tensors, or is no state dict.
     """
     if not is_file(path):
-        raise UserError(f"model.path {path}: no such file")
+        raise UserError(f"model.path {path}: {why_no_file(path)}")
     content = safe_load(path, "model.path")
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):

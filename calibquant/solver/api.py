@@ -4,8 +4,10 @@ The same steps as ``main_imagenet.py``, without its files and folders. ``import 
 public here by name.
 """
 
+import json
 import logging
 import os
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ import torch
 from easydict import EasyDict
 from torch import Tensor, nn
 
-from calibquant.errors import UserError
+from calibquant.errors import UserError, printable
+from calibquant.model.archive import MAX_PICKLE_BYTES, check_content
 from calibquant.model.convert import describe_network, float_copy
 from calibquant.model.quant_resnet import QuantResNet
-from calibquant.solver.checkpoint import checkpoint_content, checksum, load_checkpoint
-from calibquant.solver.config import check_config, lookup, read_config
+from calibquant.solver.checkpoint import checkpoint_content, checksum, load_checkpoint, network_of
+from calibquant.solver.config import check_config, lookup, read_config, shown
 from calibquant.solver.export_onnx import describe, require_onnx_name, write_onnx
 from calibquant.solver.fast import choose_engine
 from calibquant.solver.files import write_atomically
@@ -101,12 +104,10 @@ def save_quantized(model: QuantizedModel, path: StrPath) -> None:
         UserError: the file cannot be written, or the model is none of :func:`quantize`'s, or was changed.
     """
     _require_quantized(model)
-    for name, value in model.network.state_dict().items():
-        if value.is_floating_point() and value.dtype != torch.float32:
-            kind = str(value.dtype).removeprefix("torch.")
-            raise UserError(f"the model's {name} is {kind}, allowed is float32; save it before converting")
+    where = _checked_path(path)
     content = checkpoint_content(model.network, model.config, model.metadata)
-    write_atomically(Path(path), lambda file: torch.save(content, file))
+    network_of(content, "the model")  # what could not be loaded is not saved
+    write_atomically(where, lambda file: torch.save(content, file))
 
 
 def load_quantized(path: StrPath) -> QuantizedModel:
@@ -120,11 +121,11 @@ def load_quantized(path: StrPath) -> QuantizedModel:
     Raises:
         UserError: the file is missing, truncated, damaged, foreign or of another version.
     """
-    return QuantizedModel(*load_checkpoint(Path(path))).eval()
+    return QuantizedModel(*load_checkpoint(_checked_path(path))).eval()
 
 
 def export_onnx(
-    model: QuantizedModel, path: StrPath, classes: list[str] | None = None, opset: int | None = None
+    model: QuantizedModel, path: StrPath, classes: Sequence[str] | None = None, opset: int | None = None
 ) -> None:
     """Write a quantized model as standard ONNX; a file of that name is replaced.
 
@@ -137,15 +138,57 @@ def export_onnx(
         UserError: the package onnx is missing, an argument cannot be used, or the file cannot be written.
     """
     _require_quantized(model)
-    require_onnx_name("path", Path(path))
-    write_onnx(model.network, Path(path), describe(model.config, model.metadata, classes), opset)
+    where = _checked_path(path)
+    require_onnx_name("path", where)
+    if opset is not None and not isinstance(opset, int):
+        raise UserError(f"opset is {opset!r:.80}, allowed is an integer")
+    names = None if classes is None else _checked_names(classes)
+    write_onnx(model.network, where, describe(model.config, model.metadata, names), opset)
 
 
 def _require_quantized(model: nn.Module) -> None:
+    """Refuse what is no quantized model, or one that was changed to what no file can hold.
+
+    Raises:
+        UserError: naming it.
+    """
     if not isinstance(model, QuantizedModel):
         raise UserError(
             f"the model is a {type(model).__name__}, allowed is what calibquant.quantize returns"
         )
+    for name, value in model.network.state_dict().items():
+        if value.is_meta:
+            raise UserError(f"the model's {name} is on the meta device, which holds no values")
+        if value.is_floating_point() and value.dtype != torch.float32:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UserError(f"the model's {name} is {kind}, allowed is float32; save or export it first")
+    try:
+        if type(model.metadata) is not dict:
+            raise ValueError(f"it is a {type(model.metadata).__name__}")
+        check_content(model.metadata, MAX_PICKLE_BYTES)
+        json.dumps(model.metadata)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the model's metadata cannot be saved: {printable(str(error), 200)}; "
+            "allowed is a dict of texts, numbers, lists and dicts"
+        ) from error
+
+
+def _checked_path(path: StrPath) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"path is a {type(path).__name__}, allowed is the name of a file")
+    if "\0" in os.fspath(path):
+        raise UserError(f"path is {os.fspath(path)!r:.200}, allowed is a name without NUL")
+    return Path(path)
+
+
+def _checked_names(classes: Sequence[str]) -> list[str]:
+    """Names of the outputs, from a list, a tuple or an array of texts."""
+    ordered = isinstance(classes, Iterable) and not isinstance(classes, str | Set | Mapping)
+    names = list(classes) if ordered else []
+    if not ordered or not all(isinstance(name, str) for name in names):
+        raise UserError(f"classes is {shown(classes)}, allowed is a list of the outputs' names")
+    return [str(name) for name in names]
 
 
 def _checked_images(images: Tensor) -> Tensor:
@@ -159,6 +202,9 @@ def _checked_images(images: Tensor) -> Tensor:
             f"calibration_images is a {type(images).__name__}, allowed is a tensor [N, 3, H, H]"
         )
     shape, kind = list(images.shape), str(images.dtype).removeprefix("torch.")
+    if images.is_meta or images.layout != torch.strided:
+        words = "on the meta device" if images.is_meta else str(images.layout).removeprefix("torch.")
+        raise UserError(f"calibration_images is {words}, allowed is a dense tensor with values")
     if images.ndim != 4 or shape[1] != 3 or shape[2] != shape[3] or 0 in shape:
         raise UserError(f"calibration_images is {shape}, allowed is [N, 3, H, H] of at least one image")
     if not images.is_floating_point():

@@ -22,7 +22,7 @@ from calibquant.model.archive import check_content, check_pickles, check_zip, is
 from calibquant.model.load import safe_load
 from calibquant.model.quant_layer import QuantLayer, layers
 from calibquant.model.quant_resnet import QuantResNet
-from calibquant.paths import is_file
+from calibquant.paths import is_dir, is_file, why_no_file
 from calibquant.quantization.affine import PER_TENSOR, quant_bounds
 from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
 from calibquant.quantization.packing import pack_bits, unpack_bits
@@ -154,7 +154,9 @@ def find_checkpoint(name: str, config: EasyDict, root: Path = MODEL_ROOT) -> Pat
         return given
     if given.name == name and is_file(inside):
         return inside
-    raise UserError(f"--quantized_model_path {name}: no such file, neither as a path nor as {inside}")
+    both = given.name == name and not is_dir(given)
+    places = f", neither as a path nor as {inside}" if both else ""
+    raise UserError(f"--quantized_model_path {name}: {why_no_file(given)}{places}")
 
 
 def load_checkpoint(path: Path) -> tuple[QuantResNet, EasyDict, dict[str, Any]]:
@@ -167,7 +169,18 @@ def load_checkpoint(path: Path) -> tuple[QuantResNet, EasyDict, dict[str, Any]]:
         UserError: the file is truncated, foreign, damaged, of another version, or not what it claims.
     """
     where = f"quantized model {path}"
-    content = _read(path, where)
+    return network_of(_read(path, where), where)
+
+
+def network_of(content: dict[str, Any], where: str) -> tuple[QuantResNet, EasyDict, dict[str, Any]]:
+    """The network that a file's content describes, its config and its metadata.
+
+    Args:
+        where: what an error's line begins with.
+
+    Raises:
+        UserError: it is damaged or not what it claims.
+    """
     try:
         if checksum(content) != content.get("checksum"):
             raise UserError(f"{where}: its content does not match its checksum, the file is damaged")

@@ -483,7 +483,8 @@ def read_config(path: str | Path) -> Any:
             raise UserError(f"config {path}: is longer than {_MAX_BYTES} bytes, the most that is allowed")
         written = content.decode("utf-8")
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        no_text = isinstance(error, UnicodeDecodeError)
+        reason = "it is not UTF-8 text" if no_text else getattr(error, "strerror", None) or str(error)
         raise UserError(f"config {path}: cannot be read: {reason}") from error
     try:
         found = yaml.load(written, Loader=_StrictLoader)

@@ -55,7 +55,8 @@ def require_onnx_name(what: str, path: Path) -> None:
         UserError: the name does not end in ``.onnx``, or is a folder's.
     """
     if path.suffix != ".onnx" or is_dir(path):
-        raise UserError(f"{what} {path}: allowed is the name of a file that ends in .onnx")
+        words = "is a folder, " if is_dir(path) else ""
+        raise UserError(f"{what} {path}: {words}allowed is the name of a file that ends in .onnx")
 
 
 def write_onnx(model: QuantResNet, path: Path, description: dict[str, str], opset: int | None) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from calibquant.errors import UserError
-from calibquant.paths import is_dir, is_file
+from calibquant.paths import is_dir, is_file, why_no_file
 
 PICTURES = ("png", "svg")
 """Formats of pictures that are written."""
@@ -30,11 +30,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], overwrite: b
         UserError: the file cannot be written (folder read-only, a file in a folder's place, disk full), or
             what has its name is no file, such as a device or a pipe.
     """
-    if os.path.exists(path) and not (is_file(path) or is_dir(path)):  # noqa: PTH110, as paths.is_file says
-        raise UserError(f"{path}: cannot be written: it exists and is not a regular file")
+    taken = os.path.exists(path) and not is_file(path)  # noqa: PTH110, as paths.is_file says
+    if taken and (overwrite or not is_dir(path)):
+        raise UserError(f"{path}: cannot be written: it {why_no_file(path)}")
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             named = _write_unnamed((path, temporary), write)
             if named == path:
@@ -112,6 +113,18 @@ def _link(source: Path, target: Path) -> None:
         source.replace(target)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and all above it, where they are not there yet.
+
+    Raises:
+        OSError: that is not possible; a NotADirectoryError where a file is in the way.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove what a process killed while it gave a file a taken name has left in a folder."""
     for path in folder.glob(".*.tmp"):
@@ -127,7 +140,7 @@ def require_writable(folder: Path) -> None:
     """
     trial = folder / f".{secrets.token_hex(8)}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         trial.touch(exist_ok=False)
         trial.unlink()
     except OSError as error:

@@ -12,6 +12,7 @@ import os
 import signal
 import stat
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
@@ -138,15 +139,18 @@ def class_names(data: EasyDict) -> list[str]:
     try:
         if not path.is_file() or path.stat().st_size > MAX_CLASSES_BYTES:
             raise ValueError
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(
             f"data.classes {data.classes}: cannot be read; allowed are imagenet, folders or "
             "a text file that lists class folders"
         ) from error
     names = [line.strip() for line in lines if line.strip()]
-    if len(set(names)) != len(names) or not names:
-        raise UserError(f"data.classes {data.classes}: lists no class or one class twice")
+    if not names:
+        raise UserError(f"data.classes {data.classes}: lists no class")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"data.classes {data.classes}: lists {printable(twice[0], 80)} twice")
     return names
 
 

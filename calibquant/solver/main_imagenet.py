@@ -120,7 +120,7 @@ def quantize(
         reconstruct_and_report(quantized, calibration, config, run, state, peers)
 
     def save() -> Path:
-        path = save_checkpoint(quantized, config, story(config, calibration, peers))
+        path = state.saved(lambda: save_checkpoint(quantized, config, story(config, calibration, peers)))
         size, full = path.stat().st_size / 1e6, parameters_in_float32_mb(model)
         logger.info("saved %s: %.2f MB (float32: %.2f MB)", path, size, full)
         run.record(checkpoint=str(path), checkpoint_mb=size, float32_mb=full)

@@ -92,7 +92,7 @@ def _read_lines(path: Path, option: str) -> list[str]:
     try:
         if path.stat().st_size > MAX_LIST_BYTES:
             raise ValueError("it is too large")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         if not any(lines):
             raise ValueError("it is empty")
     except (OSError, ValueError) as error:

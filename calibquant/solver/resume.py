@@ -9,8 +9,9 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -25,9 +26,10 @@ from calibquant.errors import UserError
 from calibquant.model.load import safe_load
 from calibquant.model.quant_layer import harden
 from calibquant.model.quant_resnet import Unit
+from calibquant.paths import is_file
 from calibquant.solver.checkpoint import bare, checksum
 from calibquant.solver.config import KEYS, first_difference, lookup, shown
-from calibquant.solver.files import remove_temporaries, write_atomically, write_json
+from calibquant.solver.files import make_folder, remove_temporaries, write_atomically, write_json
 from calibquant.solver.learn import TracePoint
 from calibquant.solver.recon import Memory, UnitResult
 from calibquant.solver.run_log import versions
@@ -39,6 +41,8 @@ IDENTITY = "identity.json"
 """Says of which run a state is; a state without one is of none."""
 LOGS = "log.json"
 """Says where the run logs, or logged when it was killed."""
+SAVED = "saved.json"
+"""Says where the network was saved, once it is."""
 LONGEST_NAME = 100
 """Of a unit, in the name of its state's file."""
 HARMLESS = ("data.num_workers", "data.pin_memory")
@@ -132,6 +136,17 @@ class RunState(Memory):
     def keep_score(self, key: str, score: dict[str, Any]) -> None:
         write_json(self.folder / f"score_{key}.json", score)
 
+    def saved(self, save: Callable[[], Path]) -> Path:
+        """The file that the unfinished run had saved, if it is still there; else what is saved now."""
+        note = self.folder / SAVED
+        if note.exists():
+            path = Path(str(_read_json(note).get("file")))
+            if is_file(path):
+                return path
+        path = save()
+        write_json(note, {"file": str(path)})
+        return path
+
     def recall(self, unit: Unit) -> UnitResult | None:
         """Put a finished unit into its final state.
 
@@ -196,10 +211,10 @@ def run_state(config_path: str, fresh: bool, root: Path = STATE_ROOT) -> Iterato
     Raises:
         UserError: another process is running this config, or the folder cannot be made.
     """
-    key = hashlib.sha256(str(Path(config_path).resolve()).encode()).hexdigest()[:12]
+    key = hashlib.sha256(os.fsencode(Path(config_path).resolve())).hexdigest()[:12]
     folder = root / key
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = (folder / "lock").open("w")
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror or error}") from error
