@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from calibquant.solver.augment import arrange, rows_of, split_off, view_of
-from calibquant.solver.cache_plan import Room, choose_store
+from calibquant.solver.cache_plan import Need, Room, choose_store
 from calibquant.solver.caches import Activations
 from calibquant.solver.learn import ReconSettings
 from calibquant.solver.pipeline import recon_settings
@@ -77,11 +77,7 @@ def test_the_memory_estimate_counts_views(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 "calibquant.solver.cache_plan.estimate",
-                lambda model, image, count, settings: asked.append(count) or _Small(),
+                lambda model, image, count, settings: asked.append(count) or Need(1, 1, 1, 1, 1),
             )
             choose_store(model, IMAGES, settings, tmp_path, free=lambda *_: Room(2**40, 2**40, 2**40))
     assert asked == [5, 20]
-
-
-class _Small:
-    caches = compensation = step = 1
