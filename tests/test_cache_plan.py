@@ -237,8 +237,8 @@ def test_the_moments_of_a_layer_s_inputs_take_no_more_than_was_estimated():
     with torch.no_grad():
         sums = layer_sums(layer, given, 16 * 576 / 32, 0.5, torch.Generator().manual_seed(2))
         compensate_layer(layer, *sums, StraightThroughRounding)
-    least = 8 * 4 * 576**2  # of the learned, those held out and all: sums, and central ones
-    assert least < 1024 * taken() < estimate(model, IMAGES[:1], len(IMAGES), settings).moments
+    # memory that the process already had and freed does not count: it may be less
+    assert 1024 * taken() < estimate(model, IMAGES[:1], len(IMAGES), settings).moments
 
 
 def test_moments_that_a_gpu_has_no_room_for_are_told_before_the_run(tmp_path, monkeypatch):
