@@ -49,9 +49,8 @@ from benchmarks.ablation_report import (
 from benchmarks.ablation_runs import Result, Scorer, execute, keep, recall
 from benchmarks.speed import machine
 from calibquant.errors import UserError
-from calibquant.paths import is_dir
 from calibquant.solver.config import check_config, load_config, plain
-from calibquant.solver.files import require_writable, write_json
+from calibquant.solver.files import require_no_folder, require_writable, write_json
 from calibquant.solver.run_log import versions
 from calibquant.solver.script import choose_device, config_parser, run_script
 
@@ -62,8 +61,7 @@ def main() -> None:
     scores = read_scores(args.scores, points) if args.scores else {}
     outputs = {name: path for name, path in (("--out", args.out), ("--plot", args.plot)) if path}
     for option, path in outputs.items():
-        if is_dir(path):
-            raise UserError(f"{option} {path}: is a folder, allowed is the name of a file")
+        require_no_folder(option, path)
     for folder in (args.work, *(path.parent for path in outputs.values())):
         require_writable(folder)
     device = choose_device(args.device)

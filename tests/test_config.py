@@ -301,7 +301,7 @@ def test_a_wrongly_typed_value_names_key_value_and_what_is_allowed(path: str, va
         ("quant.recon.batch_size", [0, 32.0, "32"]),
         ("quant.recon.scale_lr", [-1e-9, math.inf, -math.inf, "inf", "nan", "fast", "", True, None]),
         ("quant.recon.warm_up", [-0.1, 1.1, "1.1"]),
-        ("quant.recon.b_range", [[20], [20, 2, 1], [20, 0.5], [20, -2], 20, "20, 2", [True, 2]]),
+        ("quant.recon.b_range", [[20], [20, 2, 1], [20, 0], [20, 0.5], [20, -2], 20, "20, 2", [True, 2]]),
         ("data.sharpness", [[1], [0, 1], [1, 101], 2, "1, 2"]),
         ("quant.recon.keep_gpu", [1, "False"]),
         ("quant.recon.round_mode", ["learned", None]),

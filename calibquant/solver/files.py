@@ -125,6 +125,16 @@ def make_folder(folder: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
 
 
+def require_no_folder(option: str, path: Path) -> None:
+    """Refuse a folder in the place of a file that is to be written.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if is_dir(path):
+        raise UserError(f"{option} {path}: is a folder, allowed is the name of a file")
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove what a process killed while it gave a file a taken name has left in a folder."""
     for path in folder.glob(".*.tmp"):

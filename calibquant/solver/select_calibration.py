@@ -25,9 +25,9 @@ if __package__ in (None, ""):  # run as a file: the package is two folders up
 from easydict import EasyDict
 
 from calibquant.errors import UserError
-from calibquant.paths import expand, is_dir, is_file
+from calibquant.paths import expand, is_file
 from calibquant.solver.config import load_config
-from calibquant.solver.files import require_writable, write_json
+from calibquant.solver.files import require_no_folder, require_writable, write_json
 from calibquant.solver.rank_sets import SCORES, as_json, find_set, rank_sets, table
 from calibquant.solver.script import Parser, choose_device, run_script
 from calibquant.solver.selection import POOL_STRATEGIES, STRATEGIES, Candidates, class_of
@@ -81,8 +81,7 @@ def score(args: argparse.Namespace, config: EasyDict | None) -> None:
     if args.reference and "ranges" not in args.by:
         raise UserError("--reference does nothing without --by ranges")
     if args.json:
-        if is_dir(args.json):
-            raise UserError(f"--json {args.json}: is a folder, allowed is the name of a file")
+        require_no_folder("--json", args.json)
         if not args.json.name.endswith(".json"):  # it replaces what is there: no config, no list of images
             raise UserError(f"--json is {args.json}, allowed is a name that ends in .json")
         require_writable(args.json.parent)
