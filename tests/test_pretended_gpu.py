@@ -1,9 +1,11 @@
 """The whole job on a GPU, as far as a machine without one can tell: see `pretend_gpu.py`."""
 
+import gc
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from threading import current_thread, main_thread
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from torch import nn
 from calibquant.quantization.observer import OBSERVERS, clipping_ranges
 from calibquant.quantization.range_search import Grid
 from calibquant.solver import export_onnx, main_imagenet, sensitivity, test, test_imagenet
+from calibquant.solver.caches import UnitData, staged_batches
+from calibquant.solver.fast import STEPS_BEFORE_CAPTURE, CapturedStep
 from calibquant.solver.learn import Engine
 from calibquant.solver.pipeline import calibrate, quantize_model, recon_settings
 from calibquant.solver.recon import reconstruct
-from tests.pretend_gpu import CPU, GPU, Gpu, pretended_gpu
+from tests.pretend_gpu import CPU, GPU, Gpu, Idle, pretended_gpu
 from tests.small import SOON_CALIBRATED, random_float_model, small_config
 from tests.test_end_to_end import only, place, write_config
 
@@ -147,6 +151,33 @@ def test_a_step_waits_for_nothing_and_always_calls_the_same(changes, keep_gpu):
             assert len(first) > 20 and len(others) == 4
             assert all(calls == first for calls in others), result.name
         assert engine.waits == []
+
+
+def test_the_thread_that_gathers_rows_works_for_their_gpu(monkeypatch):
+    """Else each of several processes would take memory of the first GPU."""
+    threads = []
+    with pretended_gpu():
+        monkeypatch.setattr(
+            torch.cuda, "set_device", lambda device: threads.append((current_thread(), device))
+        )
+        rows = IMAGES.flatten(1)
+        order = torch.zeros(2, 3, dtype=torch.int64).to(GPU)
+        with staged_batches(UnitData([rows], [rows], rows), order, GPU) as staged:
+            staged.stage(0)
+    ((thread, device),) = threads
+    assert thread is not main_thread() and device == GPU
+
+
+def test_garbage_is_not_collected_while_a_step_is_captured(monkeypatch):
+    """What it would free, such as a kernel of code gone by, must not be freed then."""
+    collects = []
+    with pretended_gpu():
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Idle)
+        monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+        step = CapturedStep(lambda: collects.append(gc.isenabled()), torch.Generator(GPU))
+        for _ in range(STEPS_BEFORE_CAPTURE + 2):
+            step()
+    assert collects == [True] * STEPS_BEFORE_CAPTURE + [False] and gc.isenabled()
 
 
 @pytest.mark.parametrize("observer", ["MSEObserver", "MSEFastObserver"])

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -196,7 +197,9 @@ class StagedBatches(Batches):
     ready: list[torch.cuda.Event] = field(default_factory=list)
 
     def __enter__(self) -> Self:
-        self.pool = ThreadPoolExecutor(1)
+        # a new thread's GPU is the first, of which it would take memory, whichever it works for
+        own = partial(torch.cuda.set_device, self.target.device) if self.ready else None
+        self.pool = ThreadPoolExecutor(1, initializer=own)
         self.host_order = self.order.cpu()
         self.next: Future[list[Tensor]] = self.pool.submit(self._gather, 0)
         return self

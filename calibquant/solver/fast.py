@@ -5,9 +5,11 @@ ReLU, loss, and their gradients) into single passes over memory. Capturing remov
 is computed stays what `learn.py` says: a test holds the losses of both together, unit type by unit type.
 """
 
+import gc
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -158,7 +160,8 @@ class CapturedStep:
             self.graph = torch.cuda.CUDAGraph()
             self.graph.register_generator_state(self.generator)
             # another thread may wait for a copy meanwhile, which the usual mode forbids
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            graph = torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local")
+            with not_collecting(), graph:
                 self.written()
             self.graph.replay()
         self.calls += 1
@@ -170,6 +173,18 @@ class CapturedStep:
         with torch.cuda.stream(self.stream):
             self.written()
         current.wait_stream(self.stream)
+
+
+@contextmanager
+def not_collecting() -> Iterator[None]:
+    """Inside, reference cycles stay: in one there may be a kernel, whose end would end a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def choose_engine(wanted: str) -> Engine:

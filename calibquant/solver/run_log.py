@@ -104,9 +104,9 @@ def start_run(root: str, config: EasyDict) -> Iterator[RunLog]:
 
 
 def peak_memory() -> dict[str, float]:
-    """Peak memory in GiB: of the process, and as `peak_memory_gib` of the GPU where one is used."""
+    """Peak memory in GiB: of the process, and as `peak_memory_gib` what it took of a GPU if it has one."""
     unit = 1 if sys.platform == "darwin" else 1024
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
-    device = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else host
+    device = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else host
     return {"peak_memory_gib": device, "peak_host_memory_gib": host}
