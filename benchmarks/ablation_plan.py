@@ -48,6 +48,7 @@ PRESETS: dict[str, Edits] = {
         "quant.recon.merge": [],
         "quant.recon.views": 1,
         "quant.recon.held_out": 0.0,
+        "quant.distil.after": [],
         "data.sharpness": [1, 1],
     },
 }

@@ -69,6 +69,13 @@ class Straying(Engine):
                 parameter.mul_(self.factor)
 
 
+DISTILLED = {
+    "quant__distil__after": ["layer1.1"],
+    "quant__distil__iters": 6,
+    "quant__distil__round_lr": 0.02,
+}
+
+
 def learned_by(
     peers: Peers, images: torch.Tensor, engine: Engine | None = None, **changes
 ) -> dict[str, torch.Tensor]:
@@ -102,6 +109,7 @@ def one_of_two(rank: int, folder: Path) -> None:
         "learned": learned_by(team, IMAGES[rank::2]),
         "compensated": learned_by(team, IMAGES[rank::2], quant__recon__compensate=True),
         "straying": learned_by(team, IMAGES[rank::2], Straying(rank)),
+        "distilled": learned_by(team, IMAGES[rank::2], **DISTILLED),
         "mean": team.mean(float(rank), 1 + 2 * rank),
         "total": team.total([rank, 10]),
         "first": team.from_first(lambda: f"made by {rank}"),
@@ -142,6 +150,18 @@ def test_two_processes_that_see_all_images_together_learn_what_one_learns(two):
         # Adam turns the last bits of a gradient near zero into a step, so single logits may stray;
         # all move by about 0.2
         assert float(difference.mean()) < 2e-5 and float(difference.max()) < 0.02, name
+
+
+def test_two_processes_learn_by_the_networks_output_what_one_learns(two):
+    alone = learned_by(Peers(), IMAGES, **DISTILLED)
+    first, second = (each["distilled"] for each in two)
+    assert alone.keys() == first.keys() == second.keys()
+    stage = [name for name in alone if " parts." in name]
+    assert len(stage) >= 10 and len([name for name in alone if name.startswith("up_to_layer1.1")]) == 2
+    for name, expected in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        if name in stage:  # integers' places move by up to 0.02 here
+            assert float((first[name] - expected).abs().mean()) < 5e-4, name
 
 
 def test_two_processes_compensate_weights_alike_and_gain_by_it(two):

@@ -33,8 +33,11 @@ OURS = {
     "quant__recon__compensate": True,
     "quant__recon__round_mode": "straight_through",
     "quant__recon__weight_scale_lr": 0.002,
+    "quant__distil__after": ["layer2.1"],
+    "quant__distil__iters": 6,
 }
-LEARNED = {name: OURS[name] for name in ("quant__recon__round_mode", "quant__recon__weight_scale_lr")}
+STEPS = ("quant__recon__round_mode", "quant__recon__weight_scale_lr", "quant__distil__after")
+LEARNED = {name: OURS[name] for name in (*STEPS, "quant__distil__iters")}
 REST = {
     "quant__a_qconfig__quantizer": "LSQPlusFakeQuantize",
     "quant__recon__keep_gpu": False,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calibquant.model.fold_bn import fold_bn
-from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight
+from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight, LSQFakeQuantize, Role
 from calibquant.quantization.observer import Asked, Observer, naming, search_together
 from calibquant.quantization.range_search import Samples
 
@@ -182,3 +182,14 @@ def harden(module: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, FakeQuantize):
                 setattr(parent, name, child.hardened())
+
+
+def soften(module: nn.Module) -> None:
+    """Undo :func:`harden`: weights, all step sizes and biases can be learned on, from where they are."""
+    for _, layer in layers(module):
+        if isinstance(layer.weight_quantizer, IntegerWeight):
+            layer.weight_quantizer = layer.weight_quantizer.softened()
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, FakeQuantize) and child.role is Role.ACTIVATION:
+                setattr(parent, name, child.hardened(LSQFakeQuantize))

@@ -25,7 +25,7 @@ from calibquant.quantization.affine import (
     quantize_affine,
 )
 from calibquant.quantization.drop import Drop
-from calibquant.quantization.observer import OBSERVERS, Observer
+from calibquant.quantization.observer import OBSERVERS, MinMaxObserver, Observer
 from calibquant.quantization.range_search import Grid
 from calibquant.quantization.rounding import Rounding, SoftRounding
 
@@ -158,12 +158,14 @@ class FakeQuantize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.quantize(x) if self.enabled else x
 
-    def hardened(self, kind: "type[FixedFakeQuantize] | None" = None) -> "FixedFakeQuantize":
-        """The same quantizer with its qparams as they are now, fixed."""
+    def hardened(self, kind: "type[FakeQuantize] | None" = None) -> "FakeQuantize":
+        """A quantizer of the given kind, by default a fixed one, with the qparams as they are now."""
         kind = kind or FixedFakeQuantize
-        fixed = kind(self.bits, self.symmetric, self.ch_axis, self.observer_type, self.role)
-        fixed.scale, fixed.zero_point = self.hard_qparams()
-        return fixed
+        other = kind(self.bits, self.symmetric, self.ch_axis, self.observer_type, self.role)
+        for name, value in zip(("scale", "zero_point"), self.hard_qparams(), strict=True):
+            learned = isinstance(getattr(other, name), nn.Parameter)
+            setattr(other, name, nn.Parameter(value, requires_grad=False) if learned else value)
+        return other
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, symmetric={self.symmetric}, ch_axis={self.ch_axis}"
@@ -275,6 +277,14 @@ class IntegerWeight(nn.Module):
             quantizer.symmetric,
             quantizer.ch_axis,
         )
+
+    def softened(self) -> AdaRoundFakeQuantize:
+        """A quantizer with the same grid, for a weight whose values lie on it already."""
+        quantizer = AdaRoundFakeQuantize(
+            self.bits, self.symmetric, self.ch_axis, MinMaxObserver, Role.WEIGHT
+        )
+        quantizer.scale, quantizer.zero_point = self.scale.clone(), self.zero_point.clone()
+        return quantizer
 
     def dequantize(self) -> Tensor:
         """The weight's real values, float32."""

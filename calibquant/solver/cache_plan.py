@@ -25,6 +25,8 @@ SPARE = 0.9
 """Share of what is free that a run may take."""
 TENSORS_PER_SITE = 4
 """Tensors of a step for each quantizer and each input: value, output, gradient, one in passing."""
+TENSORS_TO_KEEP = 6
+"""Tensors that a step through the whole network keeps for its gradients, for each quantizer."""
 MOMENTS = 20
 """Matrices as large as a layer's second moments that compensation holds with them (measured)."""
 CGROUP, GROUPS_OF_THIS_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -71,17 +73,20 @@ def estimate(model: QuantResNet, image: Tensor, count: int, settings: ReconSetti
     size = CACHE_TYPES[settings.cache].itemsize
     here = {"x": image}
     stored = {"x": image.numel() * image.element_size()}  # of both networks: the images are shared
-    caches = rows = moments = compensation = step = 0
+    caches = rows = moments = compensation = step = whole = 0
+    shown = image.numel() * image.element_size() if settings.distil.after else 0  # kept to the end
     units = model.units(settings.granularity, settings.merge)
     for index, unit in enumerate(units):
         inputs = [here[name] for name in unit.reads]
         sites = quantizer_inputs(unit.module, inputs)
         elements = sum(x.numel() for x in (*inputs, *sites))
         step = max(step, TENSORS_PER_SITE * 4 * settings.batch_size * elements)
+        whole += sum(x.numel() for x in sites)
         out = unit.module(*inputs)
         target = out.numel() * size
         over = unit.writes in unit.reads and out.shape == here[unit.writes].shape and index > 0
-        caches = max(caches, count * (sum(stored.values()) + target + (0 if over else target)))
+        again = 0 if index == 0 else shown  # the stem's input are the images themselves
+        caches = max(caches, count * (again + sum(stored.values()) + target + (0 if over else target)))
         if settings.compensate:  # inputs, and what stands between a unit's layers, of both networks
             seen = number_of_rows(count, out[0, 0].numel())
             between = seen * 2 * size * (elements + out.numel())
@@ -91,6 +96,8 @@ def estimate(model: QuantResNet, image: Tensor, count: int, settings: ReconSetti
         here[unit.writes], stored[unit.writes] = out, 2 * target
         still_read = live_names(units[index + 1 :])
         stored = {name: bytes_ for name, bytes_ in stored.items() if name in still_read}
+    if settings.distil.after:
+        step = max(step, TENSORS_TO_KEEP * 4 * settings.batch_size * whole)
     return Need(caches, rows, moments, compensation, step)
 
 

@@ -27,8 +27,9 @@ from calibquant.model.resnet import ARCHITECTURES
 from calibquant.quantization.fake_quant import QUANTIZERS
 from calibquant.quantization.observer import OBSERVERS
 from calibquant.quantization.rounding import ROUNDINGS
+from calibquant.solver.distil import require_units
 from calibquant.solver.equalize import SCOPES, EqualizeSettings
-from calibquant.solver.learn import ReconSettings
+from calibquant.solver.learn import DistilSettings, ReconSettings
 from calibquant.solver.pipeline import float_model_on_meta, quantize_model
 
 REQUIRED = object()
@@ -181,6 +182,9 @@ RECON = asdict(ReconSettings())
 """Defaults of reconstruction."""
 EQUALIZE = asdict(EqualizeSettings())
 """Defaults of equalization."""
+DISTIL = asdict(DistilSettings())
+"""Defaults of learning by the network's output."""
+UNITS = sequence(text(r"[\x21-\x7e]{1,100}"), "a list of names of units")
 
 KEYS: list[Key] = [
     *_quantizer_keys("quant.w_qconfig", _WEIGHT_QUANTIZERS, "MSEObserver", (0, -1), "weights"),
@@ -321,7 +325,7 @@ KEYS: list[Key] = [
     Key(
         "quant.recon.merge",
         list(RECON["merge"]),
-        sequence(text(r"[\x21-\x7e]{1,100}"), "a list of names of units"),
+        UNITS,
         "units that are reconstructed together with the one before them (MRECG)",
     ),
     Key(
@@ -336,6 +340,26 @@ KEYS: list[Key] = [
         number(0, 0.5),
         "share of the images that units do not learn from; their error then decides whether what a unit "
         "learned is kept",
+    ),
+    Key(
+        "quant.distil.after",
+        list(DISTIL["after"]),
+        UNITS,
+        "units after which those finished so far learn on, by the network's output, the rest float "
+        "(PD-Quant)",
+    ),
+    Key("quant.distil.iters", DISTIL["iters"], integer(1, 10**9), "steps of that, each time"),
+    Key(
+        "quant.distil.lr",
+        DISTIL["lr"],
+        number(0),
+        "Adam learning rate there of step sizes and biases over their mean, cosine to 0",
+    ),
+    Key(
+        "quant.distil.round_lr",
+        DISTIL["round_lr"],
+        number(0),
+        "Adam learning rate there of weights, which learn as in `straight_through`; 0 keeps their integers",
     ),
     Key("model.type", REQUIRED, choice(*ARCHITECTURES), "the network"),
     Key("model.kwargs.num_classes", 1000, integer(1, 100_000), "outputs of the classifier"),
@@ -634,12 +658,15 @@ def _check_combinations(config: EasyDict, where: str) -> None:
     low, high = config.data.sharpness
     if low > high:
         raise UserError(f"{where}: data.sharpness is [{low:g}, {high:g}], allowed is a rising range")
-    if config.quant.overrides or recon.merge:
+    after = config.quant.distil.after
+    if config.quant.overrides or recon.merge or after:
         key = "quant.overrides"
         try:  # the structure alone, without memory
             model = quantize_model(float_model_on_meta(config), config)
             key = "quant.recon.merge"
-            model.units(recon.granularity, recon.merge)
+            units = model.units(recon.granularity, recon.merge)
+            key = "quant.distil.after"
+            require_units(after, units)
         except ValueError as error:
             raise UserError(f"{where}: {key}: {error}") from error
 

@@ -9,7 +9,7 @@ depends on whether it did.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from calibquant.model.quant_layer import layers
 from calibquant.model.quant_resnet import Unit
 from calibquant.quantization.drop import Draws, Drop
-from calibquant.quantization.fake_quant import AdaRoundFakeQuantize
+from calibquant.quantization.fake_quant import AdaRoundFakeQuantize, Role
 from calibquant.quantization.rounding import ROUNDINGS, Rounding
 from calibquant.quantization.state import dropping, quantizer_inputs, quantizers
 from calibquant.solver.caches import Batches, UnitData, batches_of
@@ -47,8 +47,18 @@ def plain_steps(name: str, iters: int) -> Iterable[int]:
 
 
 @dataclass(frozen=True)
+class DistilSettings:
+    """`quant.distil` of the config, whose reference says what each means."""
+
+    after: tuple[str, ...] = ()
+    iters: int = 200
+    lr: float = 1.0e-3
+    round_lr: float = 0.0
+
+
+@dataclass(frozen=True)
 class ReconSettings:
-    """`quant.recon` of the config, whose reference says what each means."""
+    """`quant.recon` of the config, whose reference says what each means, and `quant.distil`."""
 
     batch_size: int = 32
     scale_lr: float = 4.0e-5
@@ -70,6 +80,7 @@ class ReconSettings:
     merge: tuple[str, ...] = ()
     views: int = 1
     held_out: float = 0.0
+    distil: DistilSettings = DistilSettings()
 
     @property
     def rounding(self) -> type[Rounding] | None:
@@ -86,6 +97,10 @@ class TracePoint:
     rounding: float
 
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Of a module's output against its target, ``[]``."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a unit's steps are about; the same tensors in every step.
@@ -94,6 +109,7 @@ class Problem:
         mixing: where elements of each input are dropped, None where none are.
         rounding: of the unit's weights, where it is learned.
         narrow: convolutions run in bfloat16.
+        loss: of the module's output against the target.
     """
 
     module: nn.Module
@@ -101,6 +117,7 @@ class Problem:
     mixing: list[Drop | None]
     rounding: list[Rounding]
     narrow: bool
+    loss: Loss
 
 
 Objective = Callable[[Problem, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -123,6 +140,27 @@ class Engine:
         return step
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What steps move.
+
+    Attributes:
+        falling: tensors whose rate falls along half a cosine, in groups, each with where it begins.
+        staying: tensors that keep the rate `round_lr`.
+        widths: step sizes of weights among them, which stay within :data:`WIDEST`.
+        rounding: of weights, where it is learned.
+    """
+
+    falling: list[tuple[Sequence[Tensor], float]]
+    staying: list[Tensor] = field(default_factory=list)
+    widths: list[Tensor] = field(default_factory=list)
+    rounding: list[Rounding] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.staying, *(tensor for some, _ in self.falling for tensor in some)]
+
+
 def learn_unit(
     unit: Unit,
     data: UnitData,
@@ -134,42 +172,80 @@ def learn_unit(
 ) -> tuple[list[TracePoint], float]:
     """Learn a unit's rounding of weights, step sizes and zero-points.
 
-    Where `weight_scale_lr` is set, weights' step sizes are learned as well, under integers that do not
-    follow them (Genie-M, Jeon et al., CVPR 2023, section 3.3).
-
     Returns:
         The losses on the way, and the share of weights whose rounding was undecided at the end.
     """
-    rounding_of = start_rounding(unit.module, settings) if settings.iters else {}
-    rounding = list(rounding_of.values())
-    qparams = [p for _, q in quantizers(unit.module) for p in q.learned_qparams()]
-    if not settings.iters or not (rounding or qparams):
+    learned = start_learning(unit.module, settings) if settings.iters else Learned([])
+    if not learned.tensors:
         return [], 0.0
-    device = generator.device
-    staying = [r.learned for r in rounding if not r.rate_falls]
-    starts: list[tuple[Sequence[Tensor], float]] = [(qparams, settings.scale_lr)]
-    starts += [
-        ([r.learned], settings.round_lr * math.sqrt(r.fan_in / FAN_IN)) for r in rounding if r.rate_falls
-    ]
+    loop = Loop(generator, progress, engine, peers)
+    trace = take_steps(unit, learned, data, settings, reconstruction_loss, data.target[0].numel(), loop)
+    return trace, unconverged(learned.rounding)
+
+
+def start_learning(module: nn.Module, settings: ReconSettings) -> Learned:
+    """What is learned of a unit.
+
+    Where `weight_scale_lr` is set, weights' step sizes are learned as well, under integers that do not
+    follow them (Genie-M, Jeon et al., CVPR 2023, section 3.3).
+    """
+    rounding_of = start_rounding(module, settings)
+    rounding = list(rounding_of.values())
+    qparams = [p for _, q in quantizers(module) for p in q.learned_qparams()]
+    falling: list[tuple[Sequence[Tensor], float]] = [(qparams, settings.scale_lr)] if qparams else []
+    falling += [([r.learned], weight_rate(r, settings.round_lr)) for r in rounding if r.rate_falls]
     widths = [q.scale for q in rounding_of] if settings.weight_scale_lr else []
-    starts += [([width], settings.weight_scale_lr * float(width.mean())) for width in widths]
-    bounded = [(width.detach(), width / WIDEST, width * WIDEST) for width in widths]
-    learned = [*staying, *(parameter for some, _ in starts for parameter in some)]
+    falling += [([width], settings.weight_scale_lr * float(width.mean())) for width in widths]
+    return Learned(falling, [r.learned for r in rounding if not r.rate_falls], widths, rounding)
+
+
+def weight_rate(rounding: Rounding, rate: float) -> float:
+    """Learning rate of weights that are learned straight through, by how many an output has."""
+    return rate * math.sqrt(rounding.fan_in / FAN_IN)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How steps are taken, whatever they learn: their draws, what shows and runs them, and with whom."""
+
+    generator: torch.Generator
+    progress: Progress
+    engine: Engine
+    peers: Peers
+
+
+def take_steps(
+    unit: Unit,
+    learned: Learned,
+    data: UnitData,
+    settings: ReconSettings,
+    loss: Loss,
+    elements: int,
+    loop: Loop,
+) -> list[TracePoint]:
+    """Learn by the unit's output on batches of its data; returns the losses on the way.
+
+    Args:
+        elements: that a step computes for each image, by which it is judged whether compiling pays.
+    """
+    generator, engine, peers = loop.generator, loop.engine, loop.peers
+    device = generator.device
     order = batch_order(len(data.target), settings.batch_size, settings.iters, generator)
     batches = batches_of(data, order, device)
     mixing, inside, draws = places_to_drop(unit, batches, settings.drop_prob, generator)
-    work = float(batches.target[0].numel() * batches.batch_size * settings.iters)
+    work = float(elements * batches.batch_size * settings.iters)
     narrow = settings.precision == "bf16" and bfloat16_pays(device)
-    problem = Problem(unit.module, batches, mixing, rounding, narrow)
+    problem = Problem(unit.module, batches, mixing, learned.rounding, narrow, loss)
     losses_of = engine.objective(problem, work, device)
     table = schedule(settings).to(device)
+    moved, staying = learned.tensors, learned.staying
     constant: list[dict[str, Any]] = [{"params": staying, "lr": settings.round_lr}] if staying else []
     falling: list[dict[str, Any]] = [
         {"params": some, "lr": torch.tensor(lr, device=device), "initial_lr": lr}
-        for some, lr in starts
-        if some
+        for some, lr in learned.falling
     ]
     optimizer = engine.optimizer([*constant, *falling], device)
+    bounded = [(width.detach(), width / WIDEST, width * WIDEST) for width in learned.widths]
     counter = torch.zeros(1, dtype=torch.int64, device=device)
     trace = torch.zeros(settings.iters, 2, device=device)
 
@@ -179,7 +255,7 @@ def learn_unit(
         exponent, weight, factor = table.index_select(0, counter).view(-1).unbind()
         error, penalty = losses_of(problem, batches.rows(counter), exponent, weight)
         (error + penalty).backward()
-        peers.average([p.grad for p in learned if p.grad is not None])
+        peers.average([p.grad for p in moved if p.grad is not None])
         for group in falling:
             torch.mul(factor, group["initial_lr"], out=group["lr"])
         optimizer.step()
@@ -189,9 +265,9 @@ def learn_unit(
         counter.add_(1)
 
     points, done = trace_points(settings.iters), 0
-    with dropping(unit.module, inside), learning(learned), batches:
+    with dropping(unit.module, inside), learning(moved), batches:
         step = engine.step(one_step, generator)
-        for number in progress(unit.name, settings.iters):
+        for number in loop.progress(unit.name, settings.iters):
             batches.stage(number)
             step()
             done = number + 1
@@ -200,8 +276,7 @@ def learn_unit(
     peers.average([trace])
     losses = trace[:done].cpu()
     finite = [n for n in points if n < done and bool(torch.isfinite(losses[n]).all())]
-    curve = [TracePoint(n, *losses[n].tolist()) for n in finite]
-    return curve, unconverged(rounding)
+    return [TracePoint(n, *losses[n].tolist()) for n in finite]
 
 
 def objective(problem: Problem, rows: Tensor, exponent: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,14 +287,14 @@ def objective(problem: Problem, rows: Tensor, exponent: Tensor, weight: Tensor) 
         exponent, weight: of the rounding penalty, ``[]``.
 
     Returns:
-        The unit's reconstruction error on a batch, and the weighted rounding penalty.
+        The unit's error on a batch, and the weighted rounding penalty.
     """
     batches = problem.batches
     pairs = zip(batches.quantized, batches.full, problem.mixing, strict=True)
     inputs = [mixed_input(quantized, full, rows, drop) for quantized, full, drop in pairs]
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=problem.narrow):
         output = problem.module(*inputs)
-    error = reconstruction_loss(output.float(), batches.target[rows].float())
+    error = problem.loss(output.float(), batches.target[rows].float())
     penalty = error.new_zeros(())
     for each in problem.rounding:
         penalty = penalty + each.penalty(exponent)
@@ -257,17 +332,16 @@ def places_to_drop(
         A drop for each input and for each activation quantizer, None where all stay quantized, and
         the random bytes that they share.
     """
+    if drop_prob >= 1.0:
+        sites = quantizers(unit.module, Role.ACTIVATION)
+        return [None for _ in batches.quantized], [None for _ in sites], Draws([], drop_prob, generator)
     rows = torch.zeros(batches.batch_size, dtype=torch.int64, device=batches.target.device)
     inputs = [quantized[rows].float() for quantized in batches.quantized]
-    sites = quantizer_inputs(unit.module, inputs)
     differ = [q is not f for q, f in zip(batches.quantized, batches.full, strict=True)]
-    wanted = drop_prob < 1.0
-    mixed = [x for x, differs in zip(inputs, differ, strict=True) if differs and wanted]
-    draws = Draws([*mixed, *(sites if wanted else [])], drop_prob, generator)
+    mixed = [x for x, differs in zip(inputs, differ, strict=True) if differs]
+    draws = Draws([*mixed, *quantizer_inputs(unit.module, inputs)], drop_prob, generator)
     drops = iter(draws.drops)
-    mixing = [next(drops) if differs and wanted else None for differs in differ]
-    inside: list[Drop | None] = [next(drops) if wanted else None for _ in sites]
-    return mixing, inside, draws
+    return [next(drops) if differs else None for differs in differ], list(drops), draws
 
 
 def schedule(settings: ReconSettings) -> Tensor:

@@ -21,7 +21,7 @@ from calibquant.quantization.affine import SCALE_EPS
 from calibquant.quantization.fake_quant import QuantizerConfig
 from calibquant.quantization.state import calibrating, quantizers
 from calibquant.solver.equalize import EqualizeSettings, equalize, settle_ranges, shift_to_floors
-from calibquant.solver.learn import Progress, ReconSettings, plain_steps
+from calibquant.solver.learn import DistilSettings, Progress, ReconSettings, plain_steps
 
 logger = logging.getLogger("calibquant")
 
@@ -122,7 +122,7 @@ def report_dead_channels(model: QuantResNet) -> None:
 
 
 def recon_settings(config: EasyDict, images: int | None = None, processes: int = 1) -> ReconSettings:
-    """`quant.recon` as reconstruction takes it.
+    """`quant.recon` and `quant.distil` as reconstruction takes them.
 
     Args:
         images: of the calibration set; a step takes at most all of them.
@@ -140,7 +140,8 @@ def recon_settings(config: EasyDict, images: int | None = None, processes: int =
     values = dict(config.quant.recon)
     values["batch_size"] = min(values["batch_size"], images or values["batch_size"]) // processes
     values["b_range"], values["merge"] = tuple(values["b_range"]), tuple(values["merge"])
-    return ReconSettings(**values)
+    distil = DistilSettings(**dict(config.quant.distil) | {"after": tuple(config.quant.distil.after)})
+    return ReconSettings(**values, distil=distil)
 
 
 def parameters_in_float32_mb(model: nn.Module) -> float:

@@ -25,8 +25,10 @@ from calibquant.quantization.state import calibrating, full_precision, quantizer
 from calibquant.solver.augment import Rows, arrange, rows_of
 from calibquant.solver.caches import CACHE_TYPES, Activations, Store, UnitData, live_names, run_batched
 from calibquant.solver.compensate import compensate
+from calibquant.solver.distil import JUDGED, Chain, distil_units, divergence, learns_after
 from calibquant.solver.learn import (
     Engine,
+    Loop,
     Progress,
     ReconSettings,
     TracePoint,
@@ -40,16 +42,21 @@ from calibquant.solver.peers import Peers
 
 logger = logging.getLogger("calibquant")
 
+BEHIND_UNITS = 500
+"""Added to a unit's place, for the draws of what learns after it."""
+
 
 @dataclass
 class UnitResult:
     """What reconstruction did to one unit.
 
     Attributes:
+        name: of the unit; `up_to_...` of the units up to one that learned on by the network's output.
         error_before, error_start, error_after: squared error of the unit's output against the float
             network's, summed over channels and averaged over the rest, on the calibration images that it
             learned from: with calibrated ranges and nearest rounding, when learning began, and hardened.
-            Of a classifier that was matched to its inputs (`match.py`), against the matched one's.
+            Of a classifier that was matched to its inputs (`match.py`), against the matched one's. Of units
+            that learned on by the network's output, its divergence (`distil.py`).
         held_out_before, held_out_after: the same on the images held out, None where there are none.
         unconverged: share of weights whose soft rounding was not yet near 0 or 1 at the end.
         moved: share of weights that learning took to another grid point than that at which it began,
@@ -124,6 +131,8 @@ def reconstruct(
 ) -> Iterator[UnitResult]:
     """Reconstruct and harden every unit of a calibrated model in place, yielding after each.
 
+    After the units that `quant.distil` names, those finished so far learn on together (`distil.py`).
+
     Args:
         model: quantized network with calibrated ranges, on the device to work on.
         images: calibration images ``[N, 3, H, W]``, normalised, on any device.
@@ -142,6 +151,7 @@ def reconstruct(
     units = model.units(settings.granularity, settings.merge)
     return_freed_memory()
     with float32_precision(settings.precision):
+        shown = images_and_logits(units, activations.full["x"], means) if settings.distil.after else None
         for index, unit in enumerate(units):
             started = time.perf_counter()
             data = unit_data(unit, activations, means)
@@ -156,10 +166,102 @@ def reconstruct(
                 memory.remember(unit, result)
             over = activations.place(unit, data.target)
             output = run_batched(unit.module, data.quantized, settings.batch_size, device, store, over)
-            activations.write(unit, output, data.target, live_names(units[index + 1 :]))
+            done, behind = units[: index + 1], units[index + 1 :]
+            learn = learns_after(unit, settings.distil)
+            activations.write(unit, output, data.target, live_names(behind) | ({"x"} if learn else set()))
             del data, output, over
             return_freed_memory()
             yield result
+            if shown is not None and learn:
+                draws = unit_seed(seed, index + BEHIND_UNITS, means.peers.rank)
+                generator = torch.Generator(device).manual_seed(draws)
+                yield learn_on(done, behind, shown, activations, means, generator, memory)
+
+
+def images_and_logits(units: list[Unit], images: Tensor, means: Means) -> UnitData:
+    """The images, and what the float network gives for them."""
+    network = Chain(units)
+    with full_precision(network):
+        size, store = means.settings.batch_size, Store(means.store.device, torch.float32)
+        logits = run_batched(network, [images], size, means.device, store)
+    return UnitData([images], [images], logits)
+
+
+def learn_on(
+    done: list[Unit],
+    behind: list[Unit],
+    shown: UnitData,
+    activations: Activations,
+    means: Means,
+    generator: torch.Generator,
+    memory: Memory,
+) -> UnitResult:
+    """Have finished units learn on by the network's output, and carry on what they then give.
+
+    Args:
+        done, behind: the finished units, and the rest of the network.
+        shown: all images, and the float network's logits.
+        activations: that the first unit behind reads.
+    """
+    front, rest = Chain(done), Chain(behind)
+    unit = Unit(f"up_to_{done[-1].name}", front)
+
+    def carry() -> None:
+        over = activations.quantized["x"]
+        size, store = means.settings.batch_size, means.store
+        activations.quantized["x"] = run_batched(front, shown.quantized, size, means.device, store, over)
+
+    def errors() -> Errors:
+        with full_precision(rest):
+            return divergences(rest, activations.quantized["x"], shown.target, means)
+
+    result = memory.recall(unit)
+    if result is not None:
+        carry()
+        return result
+    started, before = time.perf_counter(), errors()
+    kept, began = [copy.deepcopy(each.parts) for each in done], weight_codes(front)
+    result = UnitResult(unit.name, before.learned, before.learned)
+    loop = Loop(generator, means.progress, means.engine, means.peers)
+    learned = shown.part(slice(means.rows.views))
+    result.trace = distil_units(unit.name, front, rest, learned, means.settings, loop)
+    means.peers.match(front)
+    after = Errors(math.inf, None)
+    if learned_is_finite(front):
+        result.moved = share_that_differs(began, weight_codes(front))
+        harden(front)
+        carry()
+        after = errors()
+    if not after.deciding <= before.deciding or math.isinf(after.deciding):
+        for each, parts in zip(done, kept, strict=True):
+            take_back(each, parts)
+        carry()
+        after, result.moved, result.reverted = before, 0.0, True
+    result.error_after = after.learned
+    result.held_out_before, result.held_out_after = before.held_out, after.held_out
+    result.seconds = time.perf_counter() - started
+    memory.remember(unit, result)
+    return result
+
+
+def divergences(rest: nn.Module, x: Tensor, logits: Tensor, means: Means) -> Errors:
+    """How far predictions are from the float network's, by what the rest of the network makes of ``x``."""
+    rows = means.rows
+    learned = slice(0, rows.images, math.ceil(rows.images / JUDGED))
+    found = mean_divergence(rest, x[learned], logits[learned], means)
+    if not rows.held_out:
+        return Errors(found, None)
+    held_out = slice(-rows.held_out, None)
+    return Errors(found, mean_divergence(rest, x[held_out], logits[held_out], means))
+
+
+@torch.no_grad()
+def mean_divergence(rest: nn.Module, x: Tensor, logits: Tensor, means: Means) -> float:
+    """The mean divergence of some images, of all processes."""
+    total, count = 0.0, len(x)
+    for inputs, target in image_batches(UnitData([x], [x], logits), means):
+        total += float(divergence(rest(*inputs), target)) * len(target)
+    return means.peers.mean(total / count, count)
 
 
 def channels_last(x: Tensor, device: torch.device) -> Tensor:
@@ -308,8 +410,10 @@ def weight_codes(module: nn.Module) -> list[Tensor]:
     found = []
     for _, layer in layers(module):
         quantizer = layer.weight_quantizer
-        assert not isinstance(quantizer, IntegerWeight)
-        found.append((quantizer.codes(layer.weight) - quantizer.quant_min).to(torch.uint8))
+        if isinstance(quantizer, IntegerWeight):
+            found.append(quantizer.codes)
+        else:
+            found.append((quantizer.codes(layer.weight) - quantizer.quant_min).to(torch.uint8))
     return found
 
 
