@@ -138,6 +138,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no error": (metrics([unit("a", error_before=0.0, error_after=0.0)]), "no number to show"),
     "huge": (metrics([unit("a", error_before=1e308, error_after=5e-324, seconds=1e300)]), "1e+308"),
+    "distilled": (metrics([unit("a"), unit("up_to_a", distilled=True)]), "Of up_to_a it is the divergence"),
     "reverted": (metrics([unit("a"), unit("b", reverted=True)]), "no better, kept as before learning: b."),
     "continued": (
         metrics([unit("a", seconds=700.0)], seconds={"reconstruct": 9.0}),

@@ -134,12 +134,19 @@ def units(run: Run) -> str:
         figure("Time", "seconds", plots.bar_rows, names, seconds, "{:g}"),
         figure("Peak memory so far", "GiB, when the unit was done", plots.bar_rows, names, memory, "{:g}"),
     ]
+    together = [unit.name for unit in rows if unit.distilled]
     began = "that compensation chose" if run.compensated else "nearest to it"
     words = (
         "In the order of reconstruction. A unit's error is the squared difference of its output to the "
         "float network's on the calibration images that it learned from, summed over channels and averaged "
         "over the rest. "
         + ("The classifier's is to that of one fitted to its inputs. " if run.compensated else "")
+        + (
+            f"Of {', '.join(together)} it is the divergence of the network's predictions from the float "
+            "network's, by which these units learned on together. "
+            if together
+            else ""
+        )
         + f"Moved: learning left the weight at another grid point than the one {began}. "
         "Unconverged: the rounding was not decided by the last step, and settled afterwards."
     )

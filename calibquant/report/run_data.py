@@ -36,7 +36,8 @@ class Score:
 class UnitRow:
     """One unit: its errors, shares in [0, 1], peak memory so far in GiB, and its losses.
 
-    ``trace`` holds ``(step, reconstruction, rounding)``.
+    ``trace`` holds ``(step, reconstruction, rounding)``. Where it is of units that learned on by the
+    network's output (``distilled``), errors are divergences.
     """
 
     name: str
@@ -49,6 +50,7 @@ class UnitRow:
     unconverged: float
     memory: float
     reverted: bool
+    distilled: bool
     trace: list[tuple[float, float, float]]
 
 
@@ -223,6 +225,7 @@ def unit_row(entry: dict[str, Any]) -> UnitRow:
         unconverged=number(entry.get("unconverged")),
         memory=number(entry.get("peak_memory_gib")),
         reverted=entry.get("reverted") is True,
+        distilled=entry.get("distilled") is True,
         trace=points,
     )
 

@@ -86,7 +86,8 @@ def quantize(
         settings = recon_settings(checked, len(images))
         engine = choose_engine(settings.compile)
         for result in reconstruct(network, images, settings, checked.process.seed, engine=engine):
-            logger.info("unit %s: error %.5g -> %.5g", result.name, result.error_before, result.error_after)
+            errors = result.error_before, result.error_after
+            logger.info("unit %s: %s %.5g -> %.5g", result.name, result.measure, *errors)
             if result.reverted:
                 logger.warning("unit %s: learning made it no better, kept as it was before", result.name)
     metadata = {

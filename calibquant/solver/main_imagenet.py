@@ -152,8 +152,9 @@ def reconstruct_and_report(
     results = []
     for result in reconstruct(model, images, settings, seed, progress, state, store, engine, peers):
         logger.info(
-            "unit %-12s error %.5g -> %.5g, %.1f s, %.2f %% moved, %.2f %% unconverged",
+            "unit %-12s %s %.5g -> %.5g, %.1f s, %.2f %% moved, %.2f %% unconverged",
             result.name,
+            result.measure,
             result.error_before,
             result.error_after,
             result.seconds,

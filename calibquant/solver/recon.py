@@ -51,13 +51,13 @@ class UnitResult:
     """What reconstruction did to one unit.
 
     Attributes:
-        name: of the unit; `up_to_...` of the units up to one that learned on by the network's output.
         error_before, error_start, error_after: squared error of the unit's output against the float
             network's, summed over channels and averaged over the rest, on the calibration images that it
             learned from: with calibrated ranges and nearest rounding, when learning began, and hardened.
-            Of a classifier that was matched to its inputs (`match.py`), against the matched one's. Of units
-            that learned on by the network's output, its divergence (`distil.py`).
+            Of a classifier that was matched to its inputs (`match.py`), against the matched one's.
         held_out_before, held_out_after: the same on the images held out, None where there are none.
+        distilled: these are units that learned on by the network's output, and errors its divergence from
+            the float network's (`distil.py`).
         unconverged: share of weights whose soft rounding was not yet near 0 or 1 at the end.
         moved: share of weights that learning took to another grid point than that at which it began,
             which is the nearest, or compensation's choice.
@@ -74,7 +74,13 @@ class UnitResult:
     reverted: bool = False
     held_out_before: float | None = None
     held_out_after: float | None = None
+    distilled: bool = False
     trace: list[TracePoint] = field(default_factory=list)
+
+    @property
+    def measure(self) -> str:
+        """What errors are called."""
+        return "divergence" if self.distilled else "error"
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,7 @@ def learn_on(
         return result
     started, before = time.perf_counter(), errors()
     kept, began = [copy.deepcopy(each.parts) for each in done], weight_codes(front)
-    result = UnitResult(unit.name, before.learned, before.learned)
+    result = UnitResult(unit.name, before.learned, before.learned, distilled=True)
     loop = Loop(generator, means.progress, means.engine, means.peers)
     learned = shown.part(slice(means.rows.views))
     result.trace = distil_units(unit.name, front, rest, learned, means.settings, loop)
