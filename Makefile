@@ -20,7 +20,7 @@ test: lint
 # of compiled code, what an older release does with a gradient is not what the newest one does
 test-oldest: $(OLDEST)/.dev
 	$(OLDEST)/bin/python -m pytest -q --numprocesses auto tests/test_affine.py tests/test_columns.py tests/test_drop.py \
-		tests/test_fake_quant.py tests/test_fast.py tests/test_recon.py
+		tests/test_distil.py tests/test_fake_quant.py tests/test_fast.py tests/test_recon.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

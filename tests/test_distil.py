@@ -14,6 +14,7 @@ from calibquant.model.quant_layer import harden, layers, soften
 from calibquant.quantization.fake_quant import FixedFakeQuantize, IntegerWeight
 from calibquant.quantization.state import full_precision, quantizers
 from calibquant.solver import recon
+from calibquant.solver.cache_plan import estimate
 from calibquant.solver.caches import FileStore
 from calibquant.solver.distil import divergence
 from calibquant.solver.fast import FastEngine
@@ -259,6 +260,16 @@ def test_units_that_nothing_can_stop_behind_are_named(granularity, name, nearest
         small_config(quant__distil__after=[name], quant__recon__granularity=granularity)
     line = str(caught.value)
     assert "quant.distil.after" in line and name in line and nearest in line and "\n" not in line
+
+
+def test_the_memory_that_is_foreseen_holds_the_images_and_a_step_of_the_whole_network():
+    plain, distilled = (
+        estimate(calibrated_model(config, IMAGES), IMAGES[:1], 100, recon_settings(config))
+        for config in (config_with(quant__distil__after=[]), config_with())
+    )
+    values = sum(4 * 256 // 2**stage for stage in range(4) for _ in range(4)) + 4 * 256
+    assert distilled.step == 5 * 4 * 8 * values > plain.step
+    assert distilled.caches == plain.caches + 100 * IMAGES[0].nbytes
 
 
 def test_nothing_is_kept_or_computed_where_no_unit_is_named(monkeypatch):
