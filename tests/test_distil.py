@@ -269,7 +269,7 @@ def test_the_memory_that_is_foreseen_holds_the_images_and_a_step_of_the_whole_ne
     )
     values = sum(4 * 256 // 2**stage for stage in range(4) for _ in range(4)) + 4 * 256
     assert distilled.step == 5 * 4 * 8 * values > plain.step
-    assert distilled.caches == plain.caches + 100 * IMAGES[0].nbytes
+    assert plain.caches < distilled.caches <= plain.caches + 100 * IMAGES[0].nbytes
 
 
 def test_nothing_is_kept_or_computed_where_no_unit_is_named(monkeypatch):
