@@ -255,7 +255,7 @@ def test_compiled_steps_follow_the_plain_ones(caplog):
         ("layer", "layer1.0.conv1", "layer1.0.join"),
     ],
 )
-def test_units_that_nothing_can_stop_behind_are_named(granularity, name, nearest):
+def test_units_that_learning_cannot_follow_are_named(granularity, name, nearest):
     with pytest.raises(UserError) as caught:
         small_config(quant__distil__after=[name], quant__recon__granularity=granularity)
     line = str(caught.value)

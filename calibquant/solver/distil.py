@@ -57,7 +57,7 @@ def require_units(after: Sequence[str], units: Sequence[Unit]) -> None:
     for name in after:
         if name not in allowed:
             nearest = nearest_names(name, [units[n] for n in places])
-            raise ValueError(f"{name} is no unit that others can stop behind; nearest are {nearest}")
+            raise ValueError(f"{name} is no unit that learning can follow; nearest are {nearest}")
 
 
 class Chain(nn.Module):
