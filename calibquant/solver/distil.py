@@ -1,16 +1,16 @@
 """Learning by the network's output: finished units learn on together, with the rest of the network float.
 
 Squared error of a unit's output counts all of it alike; what later units make of it differs. In a real
-ResNet-50 at 2 bits more than half of what the network's output loses is lost in the first stage, whose
-error is small. Here units are judged by the divergence between the network's predictions and the float
-network's, as PD-Quant (Liu et al., CVPR 2023) judges step sizes, and learn all they have: integers and step
-sizes of weights, step sizes of activations, and biases. No label is needed.
+ResNet-50 at 2 bits the first of sixteen blocks makes two fifths of the divergence between the network's
+predictions and the float network's. By that, as PD-Quant (Liu et al., CVPR 2023) judges step sizes, units
+learn here what they have: step sizes of weights and activations, biases, and maybe the weights' integers.
+No label is needed.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -100,7 +100,7 @@ def distil_units(
         The divergences on the way.
     """
     soften(done)
-    learned = start_learning(done, settings.distil)
+    learned = start_learning_on(done, settings.distil)
     steps = replace(settings, iters=settings.distil.iters, drop_prob=1.0)
     whole = Unit(name, Chain([*done.units, *behind.units]))
     elements = data.quantized[0][0].numel() * len(layers(whole.module))  # as many from a layer, about
@@ -108,7 +108,7 @@ def distil_units(
         return take_steps(whole, learned, data, steps, divergence, elements, loop)
 
 
-def start_learning(module: nn.Module, distil: DistilSettings) -> Learned:
+def start_learning_on(module: nn.Module, distil: DistilSettings) -> Learned:
     """What softened units learn; tensors whose rates are alike are moved together."""
     settings = ReconSettings(round_mode="straight_through")
     rounding_of = start_rounding(module, settings)
@@ -123,5 +123,5 @@ def start_learning(module: nn.Module, distil: DistilSettings) -> Learned:
 
 
 def alike(rate: float) -> float:
-    """A rate to the nearest power of two, so that few groups of tensors are moved."""
-    return 2.0 ** round(math.log2(rate)) if rate else 0.0
+    """A rate to the nearest power of two, so that few groups of tensors are moved; 0 and infinity stay."""
+    return float(torch.tensor(rate, dtype=torch.float64).log2().round().exp2())
