@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calibquant.model.fold_bn import fold_bn
-from calibquant.quantization.fake_quant import FakeQuantize, IntegerWeight, LSQFakeQuantize, Role
+from calibquant.quantization.fake_quant import (
+    FakeQuantize,
+    FixedFakeQuantize,
+    IntegerWeight,
+    LSQFakeQuantize,
+)
 from calibquant.quantization.observer import Asked, Observer, naming, search_together
 from calibquant.quantization.range_search import Samples
 
@@ -178,18 +183,20 @@ def harden(module: nn.Module) -> None:
     """Settle everything learned: weights become integers, activation qparams become fixed."""
     for _, layer in layers(module):
         layer.harden_weight()
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, FakeQuantize):
-                setattr(parent, name, child.hardened())
+    _make_quantizers(module, FixedFakeQuantize)
 
 
 def soften(module: nn.Module) -> None:
     """Undo :func:`harden`: weights, all step sizes and biases can be learned on, from where they are."""
+    _make_quantizers(module, LSQFakeQuantize)  # of activations: weights are integers yet
     for _, layer in layers(module):
-        if isinstance(layer.weight_quantizer, IntegerWeight):
-            layer.weight_quantizer = layer.weight_quantizer.softened()
+        assert isinstance(layer.weight_quantizer, IntegerWeight)
+        layer.weight_quantizer = layer.weight_quantizer.softened()
+
+
+def _make_quantizers(module: nn.Module, kind: type[FakeQuantize]) -> None:
+    """Put quantizers of a kind, with the same qparams, in the place of all inside a module."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, FakeQuantize) and child.role is Role.ACTIVATION:
-                setattr(parent, name, child.hardened(LSQFakeQuantize))
+            if isinstance(child, FakeQuantize):
+                setattr(parent, name, child.hardened(kind))

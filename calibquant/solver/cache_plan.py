@@ -75,7 +75,7 @@ def estimate(model: QuantResNet, image: Tensor, count: int, settings: ReconSetti
     here = {"x": image}
     stored = {"x": image.numel() * image.element_size()}  # of both networks: the images are shared
     caches = rows = moments = compensation = step = whole = 0
-    shown = image.numel() * image.element_size() if settings.distil.after else 0  # kept to the end
+    shown = stored["x"] if settings.distil.after else 0  # kept to the end
     units = model.units(settings.granularity, settings.merge)
     for index, unit in enumerate(units):
         inputs = [here[name] for name in unit.reads]

@@ -29,6 +29,7 @@ from calibquant.solver.distil import JUDGED, Chain, distil_units, divergence, le
 from calibquant.solver.learn import (
     Engine,
     Loop,
+    Loss,
     Progress,
     ReconSettings,
     TracePoint,
@@ -89,6 +90,10 @@ class Errors:
 
     learned: float
     held_out: float | None
+
+    def no_worse_than(self, before: "Errors") -> bool:
+        """Whether what came to these is to be kept; what diverged is not."""
+        return self.deciding <= before.deciding and not math.isinf(self.deciding)
 
     @property
     def deciding(self) -> float:
@@ -218,8 +223,9 @@ def learn_on(
         activations.quantized["x"] = run_batched(front, shown.quantized, size, means.device, store, over)
 
     def errors() -> Errors:
+        x, every = activations.quantized["x"], math.ceil(means.rows.images / JUDGED)
         with full_precision(rest):
-            return divergences(rest, activations.quantized["x"], shown.target, means)
+            return unit_errors(rest, UnitData([x], [x], shown.target), means, divergence, every)
 
     result = memory.recall(unit)
     if result is not None:
@@ -238,7 +244,7 @@ def learn_on(
         harden(front)
         carry()
         after = errors()
-    if not after.deciding <= before.deciding or math.isinf(after.deciding):
+    if not after.no_worse_than(before):
         for each, parts in zip(done, kept, strict=True):
             take_back(each, parts)
         carry()
@@ -248,26 +254,6 @@ def learn_on(
     result.seconds = time.perf_counter() - started
     memory.remember(unit, result)
     return result
-
-
-def divergences(rest: nn.Module, x: Tensor, logits: Tensor, means: Means) -> Errors:
-    """How far predictions are from the float network's, by what the rest of the network makes of ``x``."""
-    rows = means.rows
-    learned = slice(0, rows.images, math.ceil(rows.images / JUDGED))
-    found = mean_divergence(rest, x[learned], logits[learned], means)
-    if not rows.held_out:
-        return Errors(found, None)
-    held_out = slice(-rows.held_out, None)
-    return Errors(found, mean_divergence(rest, x[held_out], logits[held_out], means))
-
-
-@torch.no_grad()
-def mean_divergence(rest: nn.Module, x: Tensor, logits: Tensor, means: Means) -> float:
-    """The mean divergence of some images, of all processes."""
-    total, count = 0.0, len(x)
-    for inputs, target in image_batches(UnitData([x], [x], logits), means):
-        total += float(divergence(rest(*inputs), target)) * len(target)
-    return means.peers.mean(total / count, count)
 
 
 def channels_last(x: Tensor, device: torch.device) -> Tensor:
@@ -351,7 +337,7 @@ def reconstruct_unit(unit: Unit, data: UnitData, means: Means, generator: torch.
         result.moved = share_that_differs(began, weight_codes(unit.module))
         harden(unit.module)
         after = unit_errors(unit.module, data, means)
-    if not after.deciding <= start.deciding or math.isinf(after.deciding):
+    if not after.no_worse_than(start):
         take_back(unit, kept)
         harden(unit.module)
         after, result.moved, result.reverted = start, 0.0, True
@@ -377,21 +363,29 @@ def set_ranges(module: nn.Module, data: UnitData, means: Means) -> None:
     means.peers.match(module)
 
 
-def unit_errors(module: nn.Module, data: UnitData, means: Means) -> Errors:
-    """A unit's errors on the images themselves, without their other views, and on those held out."""
+def unit_errors(
+    module: nn.Module, data: UnitData, means: Means, loss: Loss = reconstruction_loss, every: int = 1
+) -> Errors:
+    """A unit's errors on the images themselves, without their other views, and on those held out.
+
+    Args:
+        every: of how many images learned from one is looked at.
+    """
     rows = means.rows
-    learned = output_error(module, data.part(slice(rows.images)), means)
+    learned = output_error(module, data.part(slice(0, rows.images, every)), means, loss)
     if not rows.held_out:
         return Errors(learned, None)
-    return Errors(learned, output_error(module, data.part(slice(-rows.held_out, None)), means))
+    return Errors(learned, output_error(module, data.part(slice(-rows.held_out, None)), means, loss))
 
 
 @torch.no_grad()
-def output_error(module: nn.Module, data: UnitData, means: Means) -> float:
+def output_error(
+    module: nn.Module, data: UnitData, means: Means, loss: Loss = reconstruction_loss
+) -> float:
     """Error of a unit's output against its target on the data's images, of all processes."""
     total, count = 0.0, len(data.target)
     for inputs, target in image_batches(data, means):
-        total += float(reconstruction_loss(module(*inputs), target)) * len(target)
+        total += float(loss(module(*inputs), target)) * len(target)
     return means.peers.mean(total / count, count)
 
 
