@@ -40,6 +40,7 @@ from calibquant.solver.files import write_json
 from calibquant.solver.imagenet_util import load_calibration
 from calibquant.solver.learn import (
     Engine,
+    Loop,
     ReconSettings,
     bfloat16_instructions,
     bfloat16_pays,
@@ -217,7 +218,8 @@ def ours(
     fresh = Unit(unit.name, copy.deepcopy(unit.module), unit.reads, unit.writes)
     generator = torch.Generator(device).manual_seed(0)
     with float32_precision(settings.precision):
-        learn_unit(fresh, data, replace(settings, iters=steps), generator, timer, engine, Peers())
+        loop = Loop(generator, timer, engine, Peers())
+        learn_unit(fresh, data, replace(settings, iters=steps), loop)
     return timer.seconds, timer.seconds[0]
 
 

@@ -199,4 +199,4 @@ def _make_quantizers(module: nn.Module, kind: type[FakeQuantize]) -> None:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, FakeQuantize):
-                setattr(parent, name, child.hardened(kind))
+                setattr(parent, name, child.of_kind(kind))

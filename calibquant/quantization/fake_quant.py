@@ -158,9 +158,12 @@ class FakeQuantize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.quantize(x) if self.enabled else x
 
-    def hardened(self, kind: "type[FakeQuantize] | None" = None) -> "FakeQuantize":
-        """A quantizer of the given kind, by default a fixed one, with the qparams as they are now."""
-        kind = kind or FixedFakeQuantize
+    def hardened(self) -> "FakeQuantize":
+        """A fixed quantizer with the qparams as they are deployed."""
+        return self.of_kind(FixedFakeQuantize)
+
+    def of_kind(self, kind: "type[FakeQuantize]") -> "FakeQuantize":
+        """A quantizer of the given kind, fixed or learnable, with the qparams as they are deployed."""
         other = kind(self.bits, self.symmetric, self.ch_axis, self.observer_type, self.role)
         for name, value in zip(("scale", "zero_point"), self.hard_qparams(), strict=True):
             learned = isinstance(getattr(other, name), nn.Parameter)

@@ -128,7 +128,7 @@ def settle_ranges(model: QuantResNet, scope: str) -> None:
     for part in (model.stem, *joins):
         quantizer = part.output_quantizer
         if isinstance(quantizer, FakeQuantize) and quantizer in scaled:
-            part.output_quantizer = quantizer.hardened(SharedRangeFakeQuantize)
+            part.output_quantizer = quantizer.of_kind(SharedRangeFakeQuantize)
 
 
 def equalize(

@@ -141,6 +141,16 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """How steps are taken, whatever they learn: their draws, what shows and runs them, and with whom."""
+
+    generator: torch.Generator
+    progress: Progress
+    engine: Engine
+    peers: Peers
+
+
+@dataclass(frozen=True)
 class Learned:
     """What steps move.
 
@@ -162,13 +172,7 @@ class Learned:
 
 
 def learn_unit(
-    unit: Unit,
-    data: UnitData,
-    settings: ReconSettings,
-    generator: torch.Generator,
-    progress: Progress,
-    engine: Engine,
-    peers: Peers,
+    unit: Unit, data: UnitData, settings: ReconSettings, loop: Loop
 ) -> tuple[list[TracePoint], float]:
     """Learn a unit's rounding of weights, step sizes and zero-points.
 
@@ -178,7 +182,6 @@ def learn_unit(
     learned = start_learning(unit.module, settings) if settings.iters else Learned([])
     if not learned.tensors:
         return [], 0.0
-    loop = Loop(generator, progress, engine, peers)
     trace = take_steps(unit, learned, data, settings, reconstruction_loss, data.target[0].numel(), loop)
     return trace, unconverged(learned.rounding)
 
@@ -202,16 +205,6 @@ def start_learning(module: nn.Module, settings: ReconSettings) -> Learned:
 def weight_rate(rounding: Rounding, rate: float) -> float:
     """Learning rate of weights that are learned straight through, by how many an output has."""
     return rate * math.sqrt(rounding.fan_in / FAN_IN)
-
-
-@dataclass(frozen=True)
-class Loop:
-    """How steps are taken, whatever they learn: their draws, what shows and runs them, and with whom."""
-
-    generator: torch.Generator
-    progress: Progress
-    engine: Engine
-    peers: Peers
 
 
 def take_steps(

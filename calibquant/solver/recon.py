@@ -128,6 +128,10 @@ class Means:
     engine: Engine = field(default_factory=Engine)
     peers: Peers = field(default_factory=Peers)
 
+    def loop(self, generator: torch.Generator) -> Loop:
+        """How steps are taken, with draws from a generator."""
+        return Loop(generator, self.progress, self.engine, self.peers)
+
 
 def reconstruct(
     model: QuantResNet,
@@ -234,9 +238,8 @@ def learn_on(
     started, before = time.perf_counter(), errors()
     kept, began = [copy.deepcopy(each.parts) for each in done], weight_codes(front)
     result = UnitResult(unit.name, before.learned, before.learned, distilled=True)
-    loop = Loop(generator, means.progress, means.engine, means.peers)
     learned = shown.part(slice(means.rows.views))
-    result.trace = distil_units(unit.name, front, rest, learned, means.settings, loop)
+    result.trace = distil_units(unit.name, front, rest, learned, means.settings, means.loop(generator))
     means.peers.match(front)
     after = Errors(math.inf, None)
     if learned_is_finite(front):
@@ -328,9 +331,7 @@ def reconstruct_unit(unit: Unit, data: UnitData, means: Means, generator: torch.
         kept = copy.deepcopy(unit.parts)  # what learning must not make worse
     began = weight_codes(unit.module)
     result = UnitResult(unit.name, before.learned, start.learned)
-    result.trace, result.unconverged = learn_unit(
-        unit, learned, settings, generator, means.progress, means.engine, means.peers
-    )
+    result.trace, result.unconverged = learn_unit(unit, learned, settings, means.loop(generator))
     means.peers.match(unit.module)  # the same to the last bit, also where not all of them compile
     after = Errors(math.inf, None)
     if learned_is_finite(unit.module):
