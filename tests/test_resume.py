@@ -1,10 +1,12 @@
 """A run that is killed goes on where it stopped and ends with the same file, bit for bit."""
 
 import errno
+import fcntl
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from calibquant.errors import UserError
 from calibquant.model.quant_resnet import Unit
 from calibquant.quantization.fake_quant import FixedFakeQuantize, IntegerWeight
 from calibquant.solver import learn, main_imagenet
+from calibquant.solver.files import make_folder
 from calibquant.solver.pipeline import recon_settings
 from calibquant.solver.recon import UnitResult, reconstruct
 from calibquant.solver.resume import RunState, identity, run_state
@@ -342,6 +345,45 @@ def test_two_runs_of_one_config_at_once_do_not_meet(tmp_path):
         pass
     with run_state("a.yaml", False, tmp_path), run_state("b.yaml", False, tmp_path):
         pass
+
+
+def test_a_run_that_begins_as_another_ends_holds_the_folder_that_is_there(tmp_path, monkeypatch):
+    """The other one takes its folder away, with the lock that this one has opened and is about to hold."""
+    real, ended = fcntl.flock, []
+
+    def other_ends(file: IO[str], how: int) -> None:
+        if not ended:
+            ended.append(Path(file.name).parent)
+            shutil.rmtree(ended[0])
+        real(file, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("calibquant.solver.resume.fcntl.flock", other_ends)
+        mine = run_state("a.yaml", False, tmp_path)
+        state = mine.__enter__()
+    state.require_same({"code": "1"})
+    assert state.folder == ended[0]
+    with (
+        pytest.raises(UserError, match="another run of it is in progress"),
+        run_state("a.yaml", False, tmp_path),
+    ):
+        pass
+    mine.__exit__(None, None, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_goes_before_its_lock_is_opened_is_made_again(tmp_path, monkeypatch):
+    def make_and_lose(folder: Path) -> None:
+        make_folder(folder)
+        if len(made) == 1:
+            folder.rmdir()
+        made.append(folder)
+
+    made = [tmp_path]
+    monkeypatch.setattr("calibquant.solver.resume.make_folder", make_and_lose)
+    with run_state("a.yaml", False, tmp_path) as state:
+        assert made[1:] == [state.folder] * 2
+        assert state.folder.is_dir()
 
 
 @pytest.fixture

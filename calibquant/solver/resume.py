@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from easydict import EasyDict
@@ -39,6 +39,10 @@ logger = logging.getLogger("calibquant")
 STATE_ROOT = Path("train_log") / "unfinished"
 IDENTITY = "identity.json"
 """Says of which run a state is; a state without one is of none."""
+LOCK = "lock"
+"""Is locked by the process that a state belongs to."""
+ATTEMPTS = 20
+"""At a state's folder, which a run that ends takes away."""
 LOGS = "log.json"
 """Says where the run logs, or logged when it was killed."""
 SAVED = "saved.json"
@@ -195,7 +199,7 @@ class RunState(Memory):
         """
         try:
             for path in sorted(self.folder.iterdir(), key=lambda path: path.name == IDENTITY):
-                if path.name not in ("lock", LOGS):
+                if path.name not in (LOCK, LOGS):
                     path.unlink()
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be removed: {error.strerror}") from error
@@ -213,19 +217,7 @@ def run_state(config_path: str, fresh: bool, root: Path = STATE_ROOT) -> Iterato
     """
     key = hashlib.sha256(os.fsencode(Path(config_path).resolve())).hexdigest()[:12]
     folder = root / key
-    try:
-        make_folder(folder)
-        lock = (folder / "lock").open("w")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror or error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"config {config_path}: another run of it is in progress ({folder})") from None
-        except OSError as error:  # a file system without locks
-            reason = error.strerror or error
-            logger.warning("%s: cannot be locked (%s), run this config once at a time", folder, reason)
+    with _held(folder, config_path):
         state = RunState(folder)
         if fresh:
             state.forget()
@@ -234,6 +226,39 @@ def run_state(config_path: str, fresh: bool, root: Path = STATE_ROOT) -> Iterato
         finally:
             if not any(path.name.startswith(("unit_", "score_")) for path in folder.glob("*")):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path, config_path: str) -> Iterator[None]:
+    """Inside, a state's folder is there, and this process alone has it."""
+    for attempts_left in reversed(range(ATTEMPTS)):
+        try:
+            make_folder(folder)
+            lock = (folder / LOCK).open("w")
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and attempts_left:
+                continue  # a run that ended just now took the folder away
+            raise UserError(f"{folder}: cannot be made: {error.strerror or error}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                words = f"another run of it is in progress ({folder})"
+                raise UserError(f"config {config_path}: {words}") from None
+            except OSError as error:  # a file system without locks
+                reason = error.strerror or error
+                logger.warning("%s: cannot be locked (%s), run this config once at a time", folder, reason)
+            if _is_open_at(folder / LOCK, lock) or not attempts_left:
+                yield
+                return
+
+
+def _is_open_at(path: Path, file: IO[str]) -> bool:
+    """Whether an open file is still what a path leads to."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _read_json(path: Path) -> dict[str, Any]:
