@@ -357,18 +357,15 @@ def test_a_run_that_begins_as_another_ends_holds_the_folder_that_is_there(tmp_pa
             shutil.rmtree(ended[0])
         real(file, how)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("calibquant.solver.resume.fcntl.flock", other_ends)
-        mine = run_state("a.yaml", False, tmp_path)
-        state = mine.__enter__()
-    state.require_same({"code": "1"})
-    assert state.folder == ended[0]
-    with (
-        pytest.raises(UserError, match="another run of it is in progress"),
-        run_state("a.yaml", False, tmp_path),
-    ):
-        pass
-    mine.__exit__(None, None, None)
+    monkeypatch.setattr("calibquant.solver.resume.fcntl.flock", other_ends)
+    with run_state("a.yaml", False, tmp_path) as state:
+        state.require_same({"code": "1"})
+        assert state.folder == ended[0]
+        with (
+            pytest.raises(UserError, match="another run of it is in progress"),
+            run_state("a.yaml", False, tmp_path),
+        ):
+            pass
     assert not list(tmp_path.iterdir())
 
 

@@ -231,13 +231,13 @@ def run_state(config_path: str, fresh: bool, root: Path = STATE_ROOT) -> Iterato
 @contextmanager
 def _held(folder: Path, config_path: str) -> Iterator[None]:
     """Inside, a state's folder is there, and this process alone has it."""
-    for attempts_left in reversed(range(ATTEMPTS)):
+    for _ in range(ATTEMPTS):
         try:
             make_folder(folder)
             lock = (folder / LOCK).open("w")
+        except FileNotFoundError:
+            continue  # a run that ended just now took the folder away
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and attempts_left:
-                continue  # a run that ended just now took the folder away
             raise UserError(f"{folder}: cannot be made: {error.strerror or error}") from error
         with lock:
             try:
@@ -248,9 +248,10 @@ def _held(folder: Path, config_path: str) -> Iterator[None]:
             except OSError as error:  # a file system without locks
                 reason = error.strerror or error
                 logger.warning("%s: cannot be locked (%s), run this config once at a time", folder, reason)
-            if _is_open_at(folder / LOCK, lock) or not attempts_left:
+            if _is_open_at(folder / LOCK, lock):
                 yield
                 return
+    raise UserError(f"{folder}: cannot be made: it is gone each time")
 
 
 def _is_open_at(path: Path, file: IO[str]) -> bool:
