@@ -101,8 +101,8 @@ def prepare(args: argparse.Namespace) -> tuple[EasyDict, list[Point]]:
     sets = find_sets(args.sets, config.data)
     if args.plot:
         require_format(args.plot)
-        if len(sets) < 2:
-            raise UserError("--plot shows what sets change, allowed are two and more of --sets")
+        if len(sets) < 2 and len(seeds) < 2:
+            raise UserError("--plot shows what sets change, allowed are two and more of --sets or --seeds")
     return config, list(plan(raw, bits, variants, sets, seeds, shared))
 
 
@@ -176,7 +176,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     parser.add_argument(
-        "--plot", type=Path, help="PNG or SVG file: what each set gives, a column per variant"
+        "--plot",
+        type=Path,
+        help="PNG or SVG file: what each set gives, or of one set each seed, a column per variant",
     )
     return parser.parse_args()
 

@@ -4,15 +4,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.ablation_plan import Point
-from benchmarks.ablation_runs import METRICS, Result
+from benchmarks.ablation_runs import METRICS, Outcome, Result
 from benchmarks.ablation_statistics import (
     Difference,
+    own_spread,
     paired_difference,
     pooled,
     rank_correlation,
@@ -65,8 +66,10 @@ class SetEffect:
     """What the calibration set changes of a variant.
 
     Attributes:
-        means: by set and metric, the mean over seeds and images.
+        means: by set and metric, the mean over seeds and images; by seed, each of which draws other images,
+            where there is but one set.
         spreads: by metric, the largest of these minus the smallest.
+        own_spreads: by metric, what of that endlessly many images would leave; see :func:`own_spread`.
         correlations: by score and metric, Spearman's rank correlation over the sets.
     """
 
@@ -74,6 +77,7 @@ class SetEffect:
     variant: str
     means: dict[str, dict[str, float]]
     spreads: dict[str, float]
+    own_spreads: dict[str, Difference]
     correlations: dict[str, dict[str, float]]
 
 
@@ -107,23 +111,32 @@ def compare(finished: Finished) -> list[Comparison]:
 
 
 def set_effects(finished: Finished, scores: Scores) -> list[SetEffect]:
-    """What the set changes of each variant at each bit-width; empty where there is but one set."""
+    """What the set changes of each variant at each bit-width; empty where there is but one set and seed."""
     effects = []
+    one_set = len({point.set for point, _ in finished}) == 1
     for (bits, variant), runs in groups(finished).items():
-        by_set: dict[str, list[dict[str, float]]] = {}
+        by_set: dict[str, list[Outcome]] = {}
         for point, result in runs:
-            by_set.setdefault(point.set, []).append(means(result.reconstructed))
+            name = f"seed {point.seed}" if one_set else point.set
+            by_set.setdefault(name, []).append(result.reconstructed)
         if len(by_set) < 2:
             continue
-        found = {name: {m: fmean(one[m] for one in ones) for m in METRICS} for name, ones in by_set.items()}
-        columns = {m: [of_set[m] for of_set in found.values()] for m in METRICS}
-        known = [scores[name] for name in found] if scores else [{}]
+        values = {
+            metric: np.stack(
+                [pooled([outcome[metric] for outcome in of_set]) for of_set in by_set.values()]
+            )
+            for metric in METRICS
+        }
+        columns = {metric: of_sets.mean(axis=1).tolist() for metric, of_sets in values.items()}
+        found = {name: {m: columns[m][place] for m in METRICS} for place, name in enumerate(by_set)}
+        known = [scores[name] for name in found] if scores and not one_set else [{}]
         correlations = {
             score: {m: rank_correlation([one[score] for one in known], columns[m]) for m in METRICS}
             for score in known[0]
         }
         spreads = {metric: spread(column) for metric, column in columns.items()}
-        effects.append(SetEffect(bits, variant, found, spreads, correlations))
+        own = {metric: own_spread(of_sets) for metric, of_sets in values.items()}
+        effects.append(SetEffect(bits, variant, found, spreads, own, correlations))
     return effects
 
 
@@ -211,8 +224,9 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
     return _table(titles, rows)
 
 
-def _interval(found: Difference, digits: int) -> str:
-    return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+def _interval(found: Difference, digits: int, sign: str = "+") -> str:
+    form = f"{sign}.{digits}f"
+    return f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
 def sets_table(effects: Sequence[SetEffect]) -> str:
@@ -220,12 +234,14 @@ def sets_table(effects: Sequence[SetEffect]) -> str:
     if not effects:
         return ""
     scores = list(effects[0].correlations)
-    titles = ["bits", "variant", "sets", *(f"{title}, spread" for title in TITLES.values())]
+    titles = ["bits", "variant", "sets", *(f"{title}, spread (sets' own)" for title in TITLES.values())]
     titles += [f"{score} ~ {title}" for score in scores for title in TITLES.values()]
     rows = []
     for one in effects:
+        own = [_interval(one.own_spreads[m], DIGITS[m], sign="") for m in METRICS]
+        seen = [f"{cell} ({of_sets})" for cell, of_sets in zip(_cells(one.spreads), own, strict=True)]
         ranks = [f"{one.correlations[score][m]:+.2f}" for score in scores for m in METRICS]
-        rows.append([one.bits, one.variant, str(len(one.means)), *_cells(one.spreads), *ranks])
+        rows.append([one.bits, one.variant, str(len(one.means)), *seen, *ranks])
     return _table(titles, rows)
 
 

@@ -61,6 +61,32 @@ def spread(values: Sequence[float]) -> float:
     return float(np.ptp(values))
 
 
+def own_spread(values: NDArray[np.float64]) -> Difference:
+    """The spread that as many sets would have if endlessly many images were scored, with its interval.
+
+    Each image answers to each set in its own way, so that the means of sets alike in everything differ,
+    too: the fewer images, the more. A two-way analysis of variance without replication, sets at random,
+    says by how much (Searle, Casella & McCulloch, Variance Components, 1992, chapter 3); what is left of
+    the variance of the means is the sets' own. The range of as many normal draws with that variance is
+    given, in the median (Tukey's studentized range).
+
+    Args:
+        values: ``[sets, images]``, of the same images.
+    """
+    sets, images = values.shape
+    if images < 2 or not np.isfinite(values).all():
+        return Difference(np.nan, np.nan, np.nan)
+    means = values.mean(axis=1)
+    residuals = values - values.mean(axis=0) - means[:, None] + means.mean()
+    freedom = (sets - 1, (sets - 1) * (images - 1))
+    error = float((residuals**2).sum()) / freedom[1] / images
+    seen = float(means.var(ddof=1))
+    tail = (1 - CONFIDENCE) / 2
+    ratios = 1.0, float(stats.f.isf(tail, *freedom)), float(stats.f.ppf(tail, *freedom))
+    width = float(stats.studentized_range.median(sets, np.inf))
+    return Difference(*(width * max(0.0, seen / ratio - error) ** 0.5 for ratio in ratios))
+
+
 def rank_correlation(scores: Sequence[float], values: Sequence[float]) -> float:
     """Spearman's rank correlation; NaN for fewer than three sets, or where one side does not vary."""
     if len(scores) < 3 or len(set(scores)) < 2 or len(set(values)) < 2:

@@ -15,6 +15,7 @@ from benchmarks.ablation_report import SetEffect, plot_sets, sets_table
 from benchmarks.ablation_runs import Scorer, image_metrics
 from benchmarks.ablation_statistics import (
     fitted_temperature,
+    own_spread,
     paired_difference,
     pooled,
     rank_correlation,
@@ -86,7 +87,7 @@ def test_a_network_that_diverged_is_told_and_drawn(tmp_path, value):
     assert not np.isfinite([found.mean, found.low, found.high]).any()
     lost = {"top1": 0.0, "agreement": 0.0, "kl": value, "expected_drop": value}
     fine = {"top1": 70.0, "agreement": 80.0, "kl": 0.1, "expected_drop": 0.1}
-    effects = [SetEffect("w2a4", "ours", {"one": lost, "two": fine}, lost, {})]
+    effects = [SetEffect("w2a4", "ours", {"one": lost, "two": fine}, lost, dict.fromkeys(lost, found), {})]
     plot_sets(tmp_path / "plot.svg", effects, 75.0)
     assert "<svg" in (tmp_path / "plot.svg").read_text() and str(value) in sets_table(effects)
 
@@ -118,6 +119,40 @@ def test_spreads_and_ranks():
     assert rank_correlation([1, 2, 3], [0.1, 0.5, 9]) == pytest.approx(1)
     assert rank_correlation([1, 2, 3], [9, 0.5, 0.1]) == pytest.approx(-1)
     assert all(np.isnan(rank_correlation(*pair)) for pair in (([1, 2], [1, 2]), ([1, 2, 3], [4, 4, 4])))
+
+
+def answers(draw: np.random.Generator, effects) -> np.ndarray:
+    """Values ``[sets, images]`` of sets with these effects, on images harder and easier by far more."""
+    return draw.normal(0, 10, 300) + np.array(effects)[:, None] + draw.normal(0, 1, (len(effects), 300))
+
+
+def test_sets_alike_have_no_spread_of_their_own_though_their_means_differ():
+    draw = np.random.default_rng(4)
+    trials = [answers(draw, np.zeros(6)) for _ in range(300)]
+    found = [own_spread(values) for values in trials]
+    assert min(spread(values.mean(axis=1)) for values in trials) > 0.03
+    assert 0.92 < np.mean([one.low == 0 for one in found]) <= 1
+    assert np.median([one.mean for one in found]) < 0.03
+
+
+def test_the_sets_own_spread_is_that_of_their_effects_about_as_often_as_its_interval_says():
+    draw = np.random.default_rng(5)
+    deviation = 0.2
+    effects = draw.normal(0, deviation, (300, 6))
+    truth = np.median(np.ptp(draw.normal(0, deviation, (10000, 6)), axis=1))
+    found = [own_spread(answers(draw, one)) for one in effects]
+    assert np.mean([one.low <= truth <= one.high for one in found]) == pytest.approx(0.95, abs=0.04)
+    assert np.median([one.mean for one in found]) == pytest.approx(truth, rel=0.15)
+
+
+def test_endless_images_would_leave_the_spread_as_it_is():
+    images = np.random.default_rng(6).normal(0, 1, 50)
+    found = own_spread(np.stack([images, images + 1, images + 2]))
+    assert found.mean == pytest.approx(1.588, abs=1e-3), "the median range of three normal draws"
+    assert found.low < 2 < found.high
+    lost = own_spread(np.array([[1.0, np.nan], [1.0, 2.0]]))
+    assert np.isnan([lost.mean, lost.low, lost.high]).all()
+    assert np.isnan(own_spread(np.zeros((2, 1))).mean)
 
 
 def test_a_variant_is_a_preset_a_file_or_edits(tmp_path):
@@ -223,6 +258,17 @@ def test_sets_are_held_against_their_scores(finished):
         rank = rank_correlation(range(3), found)
         assert one["correlations"]["statistics"]["kl"] == pytest.approx(rank)
         assert one["correlations"]["ranges"]["kl"] == pytest.approx(-rank)
+        own = one["own_spreads"]["kl"]
+        assert 0 <= own["low"] <= own["mean"] <= own["high"]
+
+
+def test_of_one_set_seeds_are_told_that_draw_other_images(finished, place, monkeypatch, capsys):
+    assert ablate(place, monkeypatch, sets=SETS[:1]) == 0
+    (one, _) = found = json.loads((place / "out.json").read_text())["sets"]
+    runs = [run["reconstructed"]["kl"] for run in finished["runs"] if run["set"] == "list0"]
+    assert one["means"]["seed 1"]["kl"] == pytest.approx(runs[0]) and len(one["means"]) == 2
+    assert not any(effect["correlations"] for effect in found)
+    assert "| w2a4 | qdrop | 2 |" in capsys.readouterr().out
 
 
 def test_what_is_there_is_not_run_again(finished, place, monkeypatch, capsys):
