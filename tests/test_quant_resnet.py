@@ -311,3 +311,26 @@ def test_a_strided_projection_has_the_gradients_of_the_definition(channels, size
         y = F.conv2d(x.double().contiguous(), expected, layer.bias.double(), 2)
         y.square().sum().backward()
         torch.testing.assert_close(weight.grad.double(), expected.grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_of_a_single_place_a_strided_convolution_has_the_gradient_it_has_in_float32(kernel):
+    """In bfloat16 oneDNN's was whatever lay in memory, up to 1e36."""
+    torch.manual_seed(4)
+    convolution = nn.Conv2d(16, 32, kernel, 2, kernel // 2, bias=False)
+    layer = QuantConv2d(convolution, nn.BatchNorm2d(32).eval(), spec().weight_quantizer())
+    x = torch.randn(5, 16, 1, 1).to(memory_format=torch.channels_last)
+
+    def found(narrow: bool) -> tuple[Tensor, Tensor]:
+        weight = layer.weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            y = layer.operate(x, weight).float()
+        y.square().sum().backward()
+        return y.detach(), weight.grad
+
+    output, gradient = found(False)
+    torch.testing.assert_close(output, F.conv2d(x, layer.weight, layer.bias, 2, kernel // 2))
+    for size in range(1, 4000, 97):
+        noise = [torch.full((size,), 1e30) for _ in range(20)]
+        del noise
+        assert (found(True)[1] - gradient).abs().max() < 0.02 * gradient.abs().max()
