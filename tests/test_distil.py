@@ -159,6 +159,23 @@ def test_the_last_unit_may_be_the_networks_last(compensate):
         assert stage.error_after == pytest.approx(kl(model(IMAGES), float_logits()), rel=1e-3)
 
 
+def test_the_names_that_an_error_proposes_are_allowed():
+    merged = {"quant__recon__merge": ["layer1.0"]}
+    with pytest.raises(UserError, match=r"quant\.distil\.after: stem is no unit") as refused:
+        config_with(quant__distil__after=["stem"], **merged)
+    proposed = str(refused.value).rpartition("nearest are ")[2].split(", ")
+    assert "layer1.0" in proposed
+    config_with(quant__distil__after=proposed, **merged)
+
+
+def test_at_rates_of_0_nothing_is_learned():
+    exactly = {"quant__recon__cache": "fp32", "quant__distil__round_lr": 0.0}
+    before, _ = run(PLACE - 1, **exactly)
+    after, results = run(PLACE, quant__distil__lr=0, **exactly)
+    assert results[-1].error_after == results[-1].error_before and not results[-1].trace
+    assert_same(before, after)
+
+
 @pytest.mark.parametrize("changes", [{"quant__distil__lr": lr} for lr in (1e4, 1e30, 1e308)])
 def test_what_makes_the_output_no_better_is_taken_back(changes):
     before, _ = usual(PLACE - 1)

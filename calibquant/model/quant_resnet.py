@@ -5,7 +5,7 @@ each residual addition and its ReLU. The input image, a block's last convolution
 the logits are not (QDrop, Wei et al. 2022).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -92,7 +92,8 @@ def merge_units(units: list[Unit], merged: Collection[str]) -> list[Unit]:
         found.append(Unit(f"{before.name}+{unit.name}", module))
     unknown = sorted(set(merged) - {unit.name for unit in units})
     if unknown:
-        raise ValueError(f"{unknown[0]} is no unit; nearest are {nearest_names(unknown[0], units)}")
+        nearest = nearest_names(unknown[0], [unit.name for unit in units])
+        raise ValueError(f"{unknown[0]} is no unit; nearest are {nearest}")
     return found
 
 
@@ -216,7 +217,7 @@ class QuantResNet(nn.Module):
         every = [*self.units("block"), *self.units("layer")]
         units = [unit for unit in every if fnmatchcase(unit.name, override.match)]
         if not units:
-            nearest = nearest_names(override.match, every)
+            nearest = nearest_names(override.match, [unit.name for unit in every])
             raise ValueError(f"{override.match} fits no unit or layer; nearest are {nearest}")
         found: list[tuple[FakeQuantize, int]] = []
         for role, bits in ((Role.WEIGHT, override.w_bit), (Role.ACTIVATION, override.a_bit)):
@@ -269,9 +270,9 @@ class QuantResNet(nn.Module):
         return merge_units([stem, *middle, classifier], merged)
 
 
-def nearest_names(wanted: str, units: list[Unit]) -> str:
-    """The names of the three units that begin most like what was wanted."""
-    return ", ".join(sorted((unit.name for unit in units), key=lambda n: -_common_start(n, wanted))[:3])
+def nearest_names(wanted: str, names: Sequence[str]) -> str:
+    """The three of the names that begin most like what was wanted."""
+    return ", ".join(sorted(names, key=lambda name: -_common_start(name, wanted))[:3])
 
 
 def _common_start(first: str, second: str) -> int:

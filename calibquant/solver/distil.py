@@ -52,11 +52,13 @@ def require_units(after: Sequence[str], units: Sequence[Unit]) -> None:
     Raises:
         ValueError: one is not.
     """
-    places = [n for n, _ in enumerate(units) if live_names([*units[n + 1 :], LAST]) == {"x"}]
-    allowed = [last_name(units[n]) for n in places]
+    behind = [[*units[place + 1 :], LAST] for place in range(len(units))]
+    allowed = [
+        last_name(unit) for unit, rest in zip(units, behind, strict=True) if live_names(rest) == {"x"}
+    ]
     for name in after:
         if name not in allowed:
-            nearest = nearest_names(name, [units[n] for n in places])
+            nearest = nearest_names(name, allowed)
             raise ValueError(f"{name} is no unit that learning can follow; nearest are {nearest}")
 
 
@@ -101,6 +103,8 @@ def distil_units(
     """
     soften(done)
     learned = start_learning_on(done, settings.distil)
+    if not learned.tensors:  # every rate is 0
+        return []
     steps = replace(settings, iters=settings.distil.iters, drop_prob=1.0)
     whole = Unit(name, Chain([*done.units, *behind.units]))
     elements = data.quantized[0][0].numel() * len(layers(whole.module))  # as many from a layer, about
