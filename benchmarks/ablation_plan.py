@@ -57,8 +57,6 @@ PRESETS: dict[str, Edits] = {
 Learning rates stay the config's; ``qdrop=exp/.../qdrop.yaml`` takes QDrop's own."""
 OF_CALIBRATION_IMAGES = ("data.augment", "data.sharpness")
 """Keys outside of `quant` that say how calibration images, and they alone, are read."""
-NOT_THE_RESULT = ("model.path", "data.path", "data.calibration", *HARMLESS)
-"""Keys whose values do not tell runs apart: weights and calibration images are hashed themselves."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +93,12 @@ class Point:
         return f"{self.bits} {self.variant} {self.set} seed {self.seed}"
 
     def key(self, scored: str) -> str:
-        """Name of the run's file: a hash of config, images and of what is scored, but not of the code."""
+        """Name of the run's file: a hash of config, images and of what is scored, but not of the code.
+
+        Weights are part of what is scored.
+        """
         config = plain(self.config)
-        for path in NOT_THE_RESULT:
+        for path in HARMLESS:
             section, name = path.split(".")
             del config[section][name]
         written = json.dumps([config, self.sha256, scored], sort_keys=True)
@@ -205,9 +206,13 @@ def find_sets(given: Sequence[str], data: EasyDict) -> dict[str, ImageSet]:
     Raises:
         UserError: a set is missing or empty, or given twice.
     """
-    root = expand(data.path)
+    root = expand(data.path, "data.path")
     if not given:
-        return {data.calibration: find_set(root / expand(data.calibration), root / "train", "--config")}
+        return {
+            data.calibration: find_set(
+                root / expand(data.calibration, "data.calibration"), root / "train", "--config"
+            )
+        }
     short = [Path(one).stem if is_file(Path(one)) else Path(one).absolute().name for one in given]
     names = short if len(set(short)) == len(short) else unique(given, "--sets")
     sets = [find_set(Path(one), root / "train", "--sets") for one in given]
@@ -238,7 +243,7 @@ def unused(data: EasyDict, points: Iterable[Point]) -> list[Sample]:
     Raises:
         UserError: the folder is missing, its images are not in class folders, or all are used.
     """
-    folder = expand(data.path) / "train"
+    folder = expand(data.path, "data.path") / "train"
     seen = {path.name for point in points for path in point.images.paths}
     found = [
         sample

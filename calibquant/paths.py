@@ -7,19 +7,24 @@ from pathlib import Path
 from calibquant.errors import UserError
 
 
-def expand(path: str) -> Path:
+def expand(path: str, what: str) -> Path:
     """A path with ``~`` and ``${VARIABLE}`` replaced, so that a config names no machine's folders.
+
+    Args:
+        what: names the path in an error's line.
 
     Raises:
         UserError: a variable that the path names is not set.
     """
     missing = [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]
+    if missing and os.path.lexists(path):  # its name has a $
+        return Path(path)
     if missing:
-        raise UserError(f"path {path}: the environment variable {missing[0]} is not set")
+        raise UserError(f"{what} {path}: the environment variable {missing[0]} is not set")
     try:
         return Path(os.path.expandvars(path)).expanduser()
     except RuntimeError as error:  # ~ of a user who has no home
-        raise UserError(f"path {path}: {error}") from error
+        raise UserError(f"{what} {path}: {error}") from error
 
 
 def is_dir(path: Path) -> bool:

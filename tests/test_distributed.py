@@ -424,8 +424,17 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused():
         require_equal_shares(small_config(), 3)
 
 
+def test_without_torchrun_help_is_shown(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["main_distributed.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main)
+    assert stopped.value.code == 0 and "--fresh" in capsys.readouterr().out
+
+
 def test_without_torchrun_one_line_says_how_to_start(monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["main_distributed.py", "--config", "config.yaml"])
     with pytest.raises(SystemExit) as stopped:
         run_script(main)
     assert stopped.value.code == 2

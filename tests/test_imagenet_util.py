@@ -17,6 +17,7 @@ import torch
 from easydict import EasyDict
 from PIL import Image, ImageEnhance
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.models import ResNet101_Weights
 
 from calibquant.errors import UserError
@@ -157,6 +158,30 @@ def test_batches_are_page_locked_for_a_gpu_alone(root: Path, monkeypatch: pytest
     assert not validation_loader(config).pin_memory and not validation_loader(config, CPU).pin_memory
     assert validation_loader(config, gpu).pin_memory
     assert not validation_loader(make_config(root, pin_memory=False), gpu).pin_memory
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_processes_start_ends_the_run_once_they_have(
+    root: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Raised inside of a fork, it would only be printed."""
+    started = []
+
+    def start(_loader: Any) -> Any:
+        signal.raise_signal(number)
+        started.append(True)
+        return iter([])
+
+    monkeypatch.setattr(DataLoader, "__iter__", start)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            iter(validation_loader(make_config(root, num_workers=1)))
+        assert started and signal.getsignal(number) is signal.default_int_handler
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def test_classes_by_folders_or_by_a_list(root: Path, tmp_path: Path) -> None:

@@ -108,8 +108,10 @@ def test_a_path_may_name_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CALIBQUANT_TEST_FOLDER", str(tmp_path))
     load_weights(tiny(1), "resnet18", "${CALIBQUANT_TEST_FOLDER}/w.pth")
     monkeypatch.delenv("CALIBQUANT_TEST_FOLDER")
-    with pytest.raises(UserError, match="CALIBQUANT_TEST_FOLDER"):
+    with pytest.raises(UserError, match=r"^model\.path \$.* variable CALIBQUANT_TEST_FOLDER is not set"):
         load_weights(tiny(1), "resnet18", "${CALIBQUANT_TEST_FOLDER}/w.pth")
+    save(SOURCE, tmp_path / "cheap$10.pth")
+    load_weights(tiny(1), "resnet18", str(tmp_path / "cheap$10.pth"))
 
 
 def changed(**values: Any) -> dict[str, Any]:
@@ -239,6 +241,17 @@ def test_a_foreign_file_is_a_user_error(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UserError) as caught:
         read_state_dict(path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "it is empty"), (b"a b c", "it is no file that torch.save wrote whole")],
+)
+def test_of_a_foreign_file_it_is_said_what_it_is_not(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "foreign.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"foreign: {words}"):
+        read_state_dict(path)
 
 
 class Running:

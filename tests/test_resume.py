@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -24,6 +25,8 @@ from calibquant.model.quant_resnet import Unit
 from calibquant.quantization.fake_quant import FixedFakeQuantize, IntegerWeight
 from calibquant.solver import learn, main_imagenet
 from calibquant.solver.files import make_folder
+from calibquant.solver.imagenet_util import Score
+from calibquant.solver.main_imagenet import interruptible
 from calibquant.solver.pipeline import recon_settings
 from calibquant.solver.recon import UnitResult, reconstruct
 from calibquant.solver.resume import RunState, identity, run_state
@@ -175,14 +178,22 @@ def test_scores_outlive_an_interrupt_and_hinder_no_other_run(tmp_path):
     """They may have taken hours; but one who edits the config before any unit is done is not refused."""
     with pytest.raises(KeyboardInterrupt), run_state("a.yaml", False, tmp_path) as state:
         state.require_same({"config x": "1"})
-        state.keep_score("float", {"top1": 70.0})
+        state.keep_score("float", Score(70.0, 90.0, 50))
         raise KeyboardInterrupt
     with run_state("a.yaml", False, tmp_path) as state:
         state.require_same({"config x": "1"})
-        assert state.score("float") == {"top1": 70.0}
+        assert state.score("float") == Score(70.0, 90.0, 50)
         state.require_same({"config x": "2"})
         assert state.score("float") is None
         state.require_same({"config x": "2"})
+
+
+@pytest.mark.parametrize("damaged", ["[", "[]", '{"top1": 1}', '{"top1": "a", "top5": 1, "images": 2}'])
+def test_a_damaged_score_is_refused_in_one_line(tmp_path, damaged):
+    with run_state("a.yaml", False, tmp_path) as state:
+        (state.folder / "score_float.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"score_float\.json: damaged.*; start anew with --fresh"):
+            state.score("float")
 
 
 def test_a_run_stopped_after_saving_saves_no_second_file(place, monkeypatch):
@@ -251,7 +262,7 @@ def test_a_state_that_a_kill_left_half_forgotten_is_no_other_runs(tmp_path, monk
     for files_gone in range(4):
         with run_state("config.yaml", False, tmp_path) as state:
             state.require_same({"config quant.recon.iters": "10"})
-            state.keep_score("float", {"top1": 1.0})
+            state.keep_score("float", Score(1.0, 2.0, 50))
             (state.folder / "unit_stem.pth").write_bytes(b"")
             (state.folder / "unit_a.pth").write_bytes(b"")
             gone: list[Path] = []
@@ -284,7 +295,7 @@ def test_what_a_kill_left_beside_a_log_is_gone_once_the_run_goes_on(tmp_path):
     with run_state("a.yaml", False, tmp_path) as state:
         state.logs_to(killed)
         state.require_same({"config x": "1"})
-        state.keep_score("float", {"top1": 70.0})
+        state.keep_score("float", Score(70.0, 90.0, 50))
     with run_state("a.yaml", False, tmp_path) as state:
         state.logs_to(next_one)
         state.forget()
@@ -310,7 +321,7 @@ def test_a_state_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     with run_state("config.yaml", False, tmp_path) as state:
-        state.keep_score("float", {"top1": 1.0})
+        state.keep_score("float", Score(1.0, 2.0, 50))
         with (
             monkeypatch.context() as patch,
             pytest.raises(UserError, match=r"score_float\.json: cannot be"),
@@ -334,6 +345,27 @@ def test_other_images_to_score_are_another_run():
     names = [identity(small_config(), network, "", images, torch.device("cpu")) for images in ([], ["a 1"])]
     changed = [key for key in names[0] if names[0][key] != names[1][key]]
     assert changed == ["val folder"]
+
+
+def test_the_same_weights_and_images_elsewhere_are_the_same_run():
+    network, cpu = random_float_model(small_config()), torch.device("cpu")
+    moved = {"data__path": "elsewhere", "data__calibration": "images", "model__path": "elsewhere.pth"}
+    assert identity(small_config(**moved), network, "", [], cpu) == identity(
+        small_config(), network, "", [], cpu
+    )
+
+
+def test_what_a_process_left_behind_does_not_hold_its_state(tmp_path):
+    """After a kill, data-loading processes live on for some seconds."""
+    with run_state("a.yaml", False, tmp_path):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        child.start()
+    try:
+        with run_state("a.yaml", False, tmp_path):
+            assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_two_runs_of_one_config_at_once_do_not_meet(tmp_path):
@@ -424,6 +456,14 @@ def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(place, heeds_interru
     assert refused.returncode == 2 and "quant.recon.iters was 2000, is 5" in refused.stderr
     fresh = script("main_imagenet", "--config", str(config), "--fresh", cwd=place)
     assert fresh.returncode == 0, fresh.stderr
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_who_began_anew_is_told_how_to_go_on_instead(caplog, fresh):
+    with caplog.at_level("INFO", "calibquant"), pytest.raises(KeyboardInterrupt), interruptible(fresh):
+        raise KeyboardInterrupt
+    assert ("the same command without --fresh continues" in caplog.text) == fresh
+    assert ("the same command continues" in caplog.text) != fresh
 
 
 def test_a_unit_that_learning_would_make_worse_is_kept_as_calibrated_and_reported():

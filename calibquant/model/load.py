@@ -36,7 +36,7 @@ def load_weights(model: ResNet, type: str, path: str | None) -> None:
     if path is None:
         state, name = _download(type), f"torchvision's {type} IMAGENET1K_V1 weights"
     else:
-        state, name = read_state_dict(expand(path)), f"model.path {path}"
+        state, name = read_state_dict(expand(path, "model.path")), f"model.path {path}"
     own = model.state_dict()
     counters = {key for key in own if key.endswith("num_batches_tracked")}  # which no one needs
     state = {key: value for key, value in state.items() if key not in counters}
@@ -127,7 +127,8 @@ def safe_load(path: Path, what: str, checked: bool = False) -> Any:
     except OSError as error:
         raise UserError(f"{what} {path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch's readers raise almost anything on foreign bytes
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        foreign = "it is empty" if not path.stat().st_size else "it is no file that torch.save wrote whole"
+        reason = (is_zip(path) and str(error).strip().splitlines()) or [foreign]
         raise UserError(
             f"{what} {path}: cannot be read, truncated, damaged or foreign: {printable(reason[0], 120)}"
         ) from error

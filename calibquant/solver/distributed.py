@@ -30,6 +30,7 @@ from calibquant.errors import UserError, printable
 from calibquant.model.quant_layer import harden
 from calibquant.model.quant_resnet import Unit
 from calibquant.solver.checkpoint import checksum
+from calibquant.solver.imagenet_util import Score
 from calibquant.solver.peers import Peers
 from calibquant.solver.recon import UnitResult
 from calibquant.solver.resume import RunState, run_state
@@ -203,7 +204,7 @@ def talking() -> Iterator[None]:
         reason = one_line(error)[:200]
         raise PeerLostError(
             f"another process of this job has ended or cannot be reached ({reason}); "
-            "finished units are kept, the same command continues with them"
+            "finished units are kept, the same command (without --fresh) continues with them"
         ) from error
 
 
@@ -287,10 +288,10 @@ class TeamState(RunState):
     def logs_to(self, folder: Path) -> None:
         self.team.from_first(lambda: super(TeamState, self).logs_to(folder))
 
-    def score(self, key: str) -> dict[str, Any] | None:
+    def score(self, key: str) -> Score | None:
         return self.team.from_first(lambda: super(TeamState, self).score(key))
 
-    def keep_score(self, key: str, score: dict[str, Any]) -> None:
+    def keep_score(self, key: str, score: Score) -> None:
         if self.team.leads:
             super().keep_score(key, score)
 

@@ -11,9 +11,11 @@ import multiprocessing.queues
 import os
 import signal
 import stat
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -134,8 +136,11 @@ def class_names(data: EasyDict) -> list[str]:
     if data.classes == "imagenet":
         return imagenet_wnids()
     if data.classes == "folders":
-        return [folder.name for folder in subfolders(expand(data.path) / "val", "data.path: val folder")]
-    path = expand(data.classes)
+        return [
+            folder.name
+            for folder in subfolders(expand(data.path, "data.path") / "val", "data.path: val folder")
+        ]
+    path = expand(data.classes, "data.classes")
     try:
         if not path.is_file() or path.stat().st_size > MAX_CLASSES_BYTES:
             raise ValueError
@@ -378,8 +383,39 @@ def end_with_the_job(_worker: int) -> None:
     would only be printed by the thread that hands over, and the main process would wait for it without end.
     """
     signal.signal(signal.SIGTERM, lambda _signal, _frame: os._exit(0))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see signals_wait
     end = staticmethod(lambda _error, _batch: os._exit(1))
     multiprocessing.queues.Queue._on_queue_feeder_error = end  # type: ignore[attr-defined]
+
+
+class ImageLoader(DataLoader[Any]):
+    """Starts its processes undisturbed by Ctrl-C and SIGTERM, which wait so long."""
+
+    def __iter__(self) -> Any:
+        with signals_wait():
+            return super().__iter__()
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM do nothing; one that came does at the end what it would have done.
+
+    What Python raises while a process is forked, from what threads or logging do then, it prints and drops.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where Python lets signals do nothing
+        yield
+        return
+    came: list[int] = []
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for each in before:
+            signal.signal(each, lambda number, _frame: came.append(number))
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def make_loader(
@@ -394,7 +430,7 @@ def make_loader(
         device: where they will be used: for a GPU they may be page-locked (`data.pin_memory`).
     """
     data = config.data
-    return DataLoader(
+    return ImageLoader(
         ImageDataset(samples, transform, config.process.seed),
         batch_size=data.batch_size,
         num_workers=min(data.num_workers, os.cpu_count() or 1),
@@ -417,7 +453,7 @@ def validation_samples(config: EasyDict) -> list[Sample]:
             f"model.kwargs.num_classes is {config.model.kwargs.num_classes}, but data.classes "
             f"({config.data.classes}) lists {len(classes)} classes"
         )
-    samples = list_samples(expand(config.data.path) / "val", classes, "data.path: val folder")
+    samples = list_samples(expand(config.data.path, "data.path") / "val", classes, "data.path: val folder")
     require_classes(samples, f"data.path: val folder {config.data.path}/val")
     return samples
 
@@ -450,7 +486,7 @@ def load_calibration(config: EasyDict, asked_by: str = "quant.calibrate") -> Cal
             (unless `data.skip_unreadable`).
     """
     data = config.data
-    folder = expand(data.path) / expand(data.calibration)
+    folder = expand(data.path, "data.path") / expand(data.calibration, "data.calibration")
     samples = list_samples(folder, class_names(data), "data.calibration: calibration folder")
     wanted = config.quant.calibrate
     if wanted < len(samples):

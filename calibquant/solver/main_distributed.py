@@ -3,6 +3,7 @@
 torchrun --nproc_per_node 2 ./calibquant/solver/main_distributed.py --config ./exp/w4a4/rs101/config.yaml
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -21,13 +22,15 @@ from calibquant.solver.script import run_script
 
 
 def main() -> None:
+    if "RANK" not in os.environ:
+        parse_arguments(__doc__)  # shows --help without torchrun, too
     with team() as peers:
         args = peers.from_first(lambda: parse_arguments(__doc__))
         config = peers.from_first(lambda: load_config(args.config))
         require_equal_shares(config, peers.size)
         with team_state(args.config, args.fresh, peers) as state, team_run(config, peers) as run:
             state.logs_to(run.folder)
-            with interruptible():
+            with interruptible(args.fresh):
                 quantize(config, peers.device(args.device), run, state, peers)
             if peers.leads:
                 write_report(run.folder)

@@ -28,7 +28,6 @@ from calibquant.solver.fast import choose_engine
 from calibquant.solver.files import require_writable
 from calibquant.solver.imagenet_util import (
     Calibration,
-    Score,
     evaluate,
     load_calibration,
     names_and_sizes,
@@ -59,18 +58,23 @@ def main() -> None:
     config = load_config(args.config)
     with run_state(args.config, args.fresh) as state, start_run("train_log", config) as run:
         state.logs_to(run.folder)
-        with interruptible():
+        with interruptible(args.fresh):
             quantize(config, choose_device(args.device), run, state)
         write_report(run.folder)
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """On the way out of an interrupted run, say that it can go on."""
+def interruptible(fresh: bool) -> Iterator[None]:
+    """On the way out of an interrupted run, say that it can go on, and how.
+
+    Args:
+        fresh: the command threw an earlier run's state away, and would do so again.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        logger.info("interrupted; scores and finished units are kept, the same command continues with them")
+        command = "the same command without --fresh" if fresh else "the same command"
+        logger.info("interrupted; scores and finished units are kept, %s continues with them", command)
         raise
 
 
@@ -100,9 +104,9 @@ def quantize(
         with run.stage(f"evaluate_{key}"):
             kept = state.score(key)
             skip = config.data.skip_unreadable
-            found = Score(**kept) if kept else evaluate(network, validation, device, skip, peers)
+            found = kept or evaluate(network, validation, device, skip, peers)
             logger.info("%s:%s", words, found.in_full)
-            state.keep_score(key, found.as_dict())
+            state.keep_score(key, found)
         run.record(**{key: found.as_dict()})
 
     score("float", "float", model)

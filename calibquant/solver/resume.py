@@ -30,6 +30,7 @@ from calibquant.paths import is_file
 from calibquant.solver.checkpoint import bare, checksum
 from calibquant.solver.config import KEYS, first_difference, lookup, shown
 from calibquant.solver.files import make_folder, remove_temporaries, write_atomically, write_json
+from calibquant.solver.imagenet_util import Score
 from calibquant.solver.learn import TracePoint
 from calibquant.solver.recon import Memory, UnitResult
 from calibquant.solver.run_log import versions
@@ -49,8 +50,8 @@ SAVED = "saved.json"
 """Says where the network was saved, once it is."""
 LONGEST_NAME = 100
 """Of a unit, in the name of its state's file."""
-HARMLESS = ("data.num_workers", "data.pin_memory")
-"""Keys that change how a result is computed, but not the result."""
+HARMLESS = ("data.num_workers", "data.pin_memory", "model.path", "data.path", "data.calibration")
+"""Keys that change how a result is computed, or where what is hashed itself lies, but not the result."""
 
 
 def identity(
@@ -132,13 +133,27 @@ class RunState(Memory):
             remove_temporaries(Path(str(_read_json(path).get("folder"))))
         write_json(path, {"folder": str(folder)})
 
-    def score(self, key: str) -> dict[str, Any] | None:
-        """An accuracy that the unfinished run had already measured."""
-        path = self.folder / f"score_{key}.json"
-        return _read_json(path) if path.exists() else None
+    def score(self, key: str) -> Score | None:
+        """An accuracy that the unfinished run had already measured.
 
-    def keep_score(self, key: str, score: dict[str, Any]) -> None:
-        write_json(self.folder / f"score_{key}.json", score)
+        Raises:
+            UserError: its file is damaged.
+        """
+        path = self.folder / f"score_{key}.json"
+        if not path.exists():
+            return None
+        try:
+            found = Score(**_read_json(path))
+            if not all(isinstance(value, int | float) for value in found.as_dict().values()):
+                raise TypeError("it holds what is no number")
+        except TypeError as error:
+            raise UserError(
+                f"state of an unfinished run {path}: damaged ({error}); start anew with --fresh"
+            ) from error
+        return found
+
+    def keep_score(self, key: str, score: Score) -> None:
+        write_json(self.folder / f"score_{key}.json", score.as_dict())
 
     def saved(self, save: Callable[[], Path]) -> Path:
         """The file that the unfinished run had saved, if it is still there; else what is saved now."""
@@ -248,6 +263,7 @@ def _held(folder: Path, config_path: str) -> Iterator[None]:
             except OSError as error:  # a file system without locks
                 reason = error.strerror or error
                 logger.warning("%s: cannot be locked (%s), run this config once at a time", folder, reason)
+            os.register_at_fork(after_in_child=lock.close)  # a data-loading process may outlive this one
             if _is_open_at(folder / LOCK, lock):
                 yield
                 return

@@ -37,7 +37,7 @@ logger = logging.getLogger("calibquant")
 
 OF_MAKING = "num", "seed", "strategy", "cover_classes", "classes", "out", "copy", "link", "candidates"
 """Options that say how a set is made."""
-OF_A_POOL = ("candidates",)
+OF_A_POOL = "candidates", "device"
 """Options of strategies that run the float network."""
 OF_RANKING = "by", "reference", "json"
 """Options that say how sets are ranked."""
@@ -85,7 +85,7 @@ def score(args: argparse.Namespace, config: EasyDict | None) -> None:
         if not args.json.name.endswith(".json"):  # it replaces what is there: no config, no list of images
             raise UserError(f"--json is {args.json}, allowed is a name that ends in .json")
         require_writable(args.json.parent)
-    train = args.train or expand(config.data.path) / "train"
+    train = args.train or expand(config.data.path, "data.path") / "train"
     sets = [find_set(given, train) for given in args.score]
     reference = find_set(args.reference, train, "--reference") if args.reference else None
     scores = rank_sets(sets, config, choose_device(args.device), args.by, reference)
