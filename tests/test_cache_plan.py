@@ -1,22 +1,25 @@
 """Cached activations: what a run takes, the place chosen for them, and that the place does not matter."""
 
 import gc
+import os
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calibquant.errors import UserError
 from calibquant.model.quant_layer import layers
 from calibquant.quantization.rounding import StraightThroughRounding
 from calibquant.solver import cache_plan, recon
-from calibquant.solver.cache_plan import Need, Room, choose_store, estimate, room
+from calibquant.solver.cache_plan import NUMBERS_OF_A_WEIGHT, Need, Room, choose_store, estimate, room
 from calibquant.solver.caches import FileStore, Store, UnitData, batches_of, run_batched, staged_batches
 from calibquant.solver.compensate import Given, compensate_layer, layer_sums
 from calibquant.solver.fast import FastEngine
+from calibquant.solver.files import remove_temporaries
 from calibquant.solver.learn import Engine
 from calibquant.solver.pipeline import recon_settings
 from calibquant.solver.recon import reconstruct, store_for
@@ -245,6 +248,29 @@ def test_moments_that_a_gpu_has_no_room_for_are_told_before_the_run(tmp_path, mo
     need = Need(GIB, GIB, 6 * GIB, 7 * GIB, GIB)
     with pytest.raises(UserError, match=r"compensate needs about 6\.0 GiB .* 5\.0 GiB are free on cuda"):
         chosen(GPU, Room(5 * GIB, 50 * GIB, 0), tmp_path, monkeypatch, need)
+
+
+@pytest.mark.parametrize("after", [[], ["layer4.1"]])
+def test_a_step_s_memory_includes_what_it_learns(after):
+    """Of all units up to the one after which they learn on; else of the largest, here the classifier."""
+    steps = []
+    for batch_size in (1, 2):
+        changes = {"quant__recon__batch_size": batch_size, "quant__distil__after": after}
+        model, settings = small_model(**changes)
+        steps.append(estimate(model, IMAGES[:1], len(IMAGES), settings).step)
+    ours = layers(nn.ModuleList([model.stem, *model.blocks]) if after else model.classifier)
+    learned = sum(layer.weight.numel() for _, layer in ours)
+    assert 2 * steps[0] - steps[1] == 4 * NUMBERS_OF_A_WEIGHT * learned
+
+
+def test_what_a_kill_leaves_of_a_file_for_activations_is_cleared_up(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: seen.extend(tmp_path.iterdir()))
+    FileStore(torch.float32, tmp_path).empty((MIB,), torch.float32)
+    (left,) = seen
+    left.touch()  # as it is where a kill comes in between
+    remove_temporaries(tmp_path)
+    assert not left.exists()
 
 
 def test_a_file_for_activations_has_its_place_on_the_disk_before_it_is_written(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from calibquant.quantization.state import quantizer_inputs
 from calibquant.solver.augment import rows_of
 from calibquant.solver.caches import CACHE_TYPES, FileStore, Store, live_names
 from calibquant.solver.compensate import groups_of, number_of_rows
+from calibquant.solver.distil import learns_after
 from calibquant.solver.learn import ReconSettings
 from calibquant.solver.memory import return_freed_memory
 
@@ -28,6 +29,8 @@ TENSORS_PER_SITE = 4
 TENSORS_TO_KEEP = 5
 """Tensors that a step through the whole network keeps for its gradients, for each quantizer: 4 of a
 ResNet-50 all of whose units learn (measured)."""
+NUMBERS_OF_A_WEIGHT = 7
+"""That learning holds for each: what it learns, its gradient, Adam's two, two kept, one in passing."""
 MOMENTS = 20
 """Matrices as large as a layer's second moments that compensation holds with them (measured)."""
 CGROUP, GROUPS_OF_THIS_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -74,14 +77,18 @@ def estimate(model: QuantResNet, image: Tensor, count: int, settings: ReconSetti
     size = CACHE_TYPES[settings.cache].itemsize
     here = {"x": image}
     stored = {"x": image.numel() * image.element_size()}  # of both networks: the images are shared
-    caches = rows = moments = compensation = step = whole = 0
+    caches = rows = moments = compensation = step = whole = weights = together = 0
     shown = stored["x"] if settings.distil.after else 0  # kept to the end
     units = model.units(settings.granularity, settings.merge)
     for index, unit in enumerate(units):
         inputs = [here[name] for name in unit.reads]
         sites = quantizer_inputs(unit.module, inputs)
         elements = sum(x.numel() for x in (*inputs, *sites))
-        step = max(step, TENSORS_PER_SITE * 4 * settings.batch_size * elements)
+        own = sum(layer.weight.numel() for _, layer in layers(unit.module))
+        weights += own
+        together = weights if learns_after(unit, settings.distil) else together
+        learned = NUMBERS_OF_A_WEIGHT * 4 * own
+        step = max(step, TENSORS_PER_SITE * 4 * settings.batch_size * elements + learned)
         whole += sum(x.numel() for x in sites)
         out = unit.module(*inputs)
         target = out.numel() * size
@@ -98,7 +105,8 @@ def estimate(model: QuantResNet, image: Tensor, count: int, settings: ReconSetti
         still_read = live_names(units[index + 1 :])
         stored = {name: bytes_ for name, bytes_ in stored.items() if name in still_read}
     if settings.distil.after:
-        step = max(step, TENSORS_TO_KEEP * 4 * settings.batch_size * whole)
+        learned = NUMBERS_OF_A_WEIGHT * 4 * together
+        step = max(step, TENSORS_TO_KEEP * 4 * settings.batch_size * whole + learned)
     return Need(caches, rows, moments, compensation, step)
 
 

@@ -77,7 +77,7 @@ class FileStore(Store):
         self.folder = folder
 
     def _allocate(self, count: int, dtype: torch.dtype) -> Tensor:
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="activations_", suffix=".tmp") as file:
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".activations_", suffix=".tmp") as file:
             file.truncate(count * dtype.itemsize)
             if sys.platform == "linux":  # else a disk that is full later ends the process by a signal
                 os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
