@@ -21,6 +21,7 @@ from calibquant.model.resnet import ARCHITECTURES
 from calibquant.solver import api
 from calibquant.solver.api import _checked_config
 from calibquant.solver.config import check_config
+from calibquant.solver.pipeline import quantize_model
 from tests.onnx_tools import relative_difference, run_onnx
 from tests.small import random_float_model, small_config
 
@@ -75,6 +76,14 @@ def test_the_float_copy_computes_what_torchvisions_network_does():
         torch.testing.assert_close(ours(images(4)), theirs(images(4)), rtol=1e-4, atol=1e-4)
 
 
+def test_what_batch_norm_adds_to_the_variance_is_taken_over():
+    model = torchvision.models.resnet18(num_classes=4).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.3
+    assert torch.allclose(float_copy(model, images())(images()), model(images()), atol=1e-5)
+
+
 def test_what_is_saved_and_loaded_gives_equal_logits_and_the_same_file(small, tmp_path):
     _, quantized = small
     path = tmp_path / "deep" / "own.pth"
@@ -125,6 +134,8 @@ def mistakes():
     changed.layer2[0].downsample[0].stride = (1, 1)
     head = torchvision.models.resnet18(num_classes=4)
     head.fc = nn.Sequential(nn.Dropout(), nn.Linear(512, 4))
+    clipped = torchvision.models.resnet18(num_classes=4)
+    clipped.layer3[1].relu = nn.ReLU6()  # which these images do not tell from ReLU
     broken = build_model("resnet18", SMALL)
     broken.fc.weight.data[0, 0] = torch.nan
     biased = build_model("resnet18", SMALL)
@@ -134,6 +145,7 @@ def mistakes():
         "a linear layer": ({"model": nn.Linear(2, 2)}, "the model is a Linear, allowed are"),
         "other depths": ({"model": shallow}, "depths=(1, 1, 1, 1)"),
         "other strides": ({"model": changed}, "does not compute what a resnet18 does"),
+        "another activation": ({"model": clipped}, "model's layer3.1.relu is a ReLU6, allowed is ReLU"),
         "another head": ({"model": head}, "its fc a Sequential, allowed are Conv2d and Linear"),
         "NaN in weights": ({"model": broken}, "NaN"),
         "NaN in a bias": ({"model": biased}, "outputs on these images hold NaN"),
@@ -209,6 +221,31 @@ def test_a_network_that_could_not_be_loaded_again_is_not_saved(small, tmp_path):
         with pytest.raises(calibquant.UserError, match=words):
             calibquant.save_quantized(model, tmp_path / "x.pth")
     assert not (tmp_path / "x.pth").exists()
+
+
+def test_what_was_changed_after_quantization_is_neither_saved_nor_exported(small, tmp_path):
+    scaled, replaced, off, bare = (copy.deepcopy(small[1]) for _ in range(4))
+    scaled.network.classifier.fc.weight.mul_(2)
+    replaced.network.stem.output_quantizer = nn.Identity()
+    off.network.stem.output_quantizer.enabled = False
+    bare.config = type(bare.config)()
+    soft = calibquant.QuantizedModel(quantize_model(small[0], small[1].config), small[1].config, {})
+    cases = [
+        (scaled, "classifier.fc.weight was changed after"),
+        (replaced, "layers are not those"),
+        (off, "stem.output_quantizer is switched off"),
+        (bare, "the model"),
+        (soft, "only a hardened model"),
+    ]
+    for model, words in cases:
+        for write in (calibquant.save_quantized, calibquant.export_onnx):
+            with pytest.raises(calibquant.UserError, match=words):
+                write(model, tmp_path / "x.onnx")
+    shifted = copy.deepcopy(small[1])
+    shifted.network.classifier.fc.bias += 1
+    calibquant.save_quantized(shifted, tmp_path / "x.pth")
+    loaded = calibquant.load_quantized(tmp_path / "x.pth")
+    assert torch.equal(loaded(images(side=16)), shifted(images(side=16)))
 
 
 def test_what_was_converted_after_quantization_is_neither_saved_nor_exported(small, tmp_path):

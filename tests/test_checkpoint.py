@@ -119,6 +119,13 @@ def test_truncated_foreign_and_damaged_files_are_refused_in_one_line(tmp_path):
         load_checkpoint(broken)
 
 
+def test_a_file_whose_tensors_say_that_they_take_gradients_gives_a_network_that_takes_none(tmp_path):
+    _, _, path = saved(tmp_path)
+    _edit(path, lambda c: [c["layers"]["stem.conv1"][key].requires_grad_() for key in ("bias", "scale")])
+    model, _, _ = load_checkpoint(path)
+    assert not any(value.requires_grad for value in (*model.buffers(), *model.parameters()))
+
+
 class _Touch:
     def __init__(self, path):
         self.path = path

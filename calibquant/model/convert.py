@@ -16,7 +16,7 @@ from calibquant.model.load import build_model
 from calibquant.model.resnet import ARCHITECTURES, Architecture, ResNet
 
 TOLERANCE = 1e-2
-"""Of outputs over the largest of them; another stride or activation changes them by far more."""
+"""Of outputs over the largest of them; another stride changes them by far more."""
 
 
 def describe_network(model: nn.Module) -> tuple[str, dict[str, Any]]:
@@ -59,6 +59,9 @@ def _torchvision_architecture(model: TorchvisionResNet) -> Architecture:
         raise UserError(
             f"the model's blocks are {found}, allowed are torchvision's BasicBlock or Bottleneck"
         )
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "relu" and type(module) is not nn.ReLU:
+            raise UserError(f"the model's {name} is a {type(module).__name__}, allowed is ReLU")
     one, two, three, four = (len(stage) for stage in stages)
     return Architecture(kinds == {Bottleneck}, (one, two, three, four), model.groups, model.base_width)
 
@@ -74,11 +77,14 @@ def float_copy(model: nn.Module, images: Tensor) -> ResNet:
         UserError: its weights do not fit, or it computes something else than a ResNet of the family.
     """
     kind, kwargs = describe_network(model)
-    ours = build_model(kind, kwargs)
+    ours = build_model(kind, kwargs).float()
     try:
         ours.load_state_dict(model.state_dict())
     except RuntimeError as error:
         raise UserError(f"the model does not fit {kind}: {printable(str(error), 300)}") from error
+    for name, norm in ours.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eps = getattr(model.get_submodule(name), "eps", norm.eps)  # which is in no state dict
     device = next(model.parameters()).device
     ours.to(device)
     theirs = copy.deepcopy(model).float().eval()

@@ -19,6 +19,7 @@ from calibquant.errors import UserError, printable
 from calibquant.model.archive import MAX_PICKLE_BYTES, check_content
 from calibquant.model.convert import describe_network, float_copy
 from calibquant.model.quant_resnet import QuantResNet
+from calibquant.quantization.state import quantizers
 from calibquant.solver.checkpoint import checkpoint_content, checksum, load_checkpoint, network_of
 from calibquant.solver.config import check_config, lookup, read_config, shown
 from calibquant.solver.export_onnx import describe, require_onnx_name, write_onnx
@@ -81,15 +82,8 @@ def quantize(
     with torch.inference_mode(False), torch.enable_grad():  # learning needs gradients, wherever called
         images = _checked_images(calibration_images)
         checked = _checked_config(config, model, images)
-        network = quantize_model(float_copy(model, images[:PROBE_IMAGES]), checked)
-        calibrate(network, images, checked)
-        settings = recon_settings(checked, len(images))
-        engine = choose_engine(settings.compile)
-        for result in reconstruct(network, images, settings, checked.process.seed, engine=engine):
-            errors = result.error_before, result.error_after
-            logger.info("unit %s: %s %.5g -> %.5g", result.name, result.measure, *errors)
-            if result.reverted:
-                logger.warning("unit %s: learning made it no better, kept as it was before", result.name)
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            network = _quantized(model, images, checked)
     metadata = {
         "seed": checked.process.seed,
         "versions": versions(),
@@ -98,16 +92,28 @@ def quantize(
     return QuantizedModel(network, checked, metadata).eval()
 
 
+def _quantized(model: nn.Module, images: Tensor, config: EasyDict) -> QuantResNet:
+    """The network, calibrated and reconstructed."""
+    network = quantize_model(float_copy(model, images[:PROBE_IMAGES]), config)
+    calibrate(network, images, config)
+    settings = recon_settings(config, len(images))
+    engine = choose_engine(settings.compile)
+    for result in reconstruct(network, images, settings, config.process.seed, engine=engine):
+        errors = result.error_before, result.error_after
+        logger.info("unit %s: %s %.5g -> %.5g", result.name, result.measure, *errors)
+        if result.reverted:
+            logger.warning("unit %s: learning made it no better, kept as it was before", result.name)
+    return network
+
+
 def save_quantized(model: QuantizedModel, path: StrPath) -> None:
     """Save a quantized model, integers packed at their bit-width; a file of that name is replaced.
 
     Raises:
         UserError: the file cannot be written, or the model is none of :func:`quantize`'s, or was changed.
     """
-    _require_quantized(model)
+    content = _saved_content(model)
     where = _checked_path(path)
-    content = checkpoint_content(model.network, model.config, model.metadata)
-    network_of(content, "the model")  # what could not be loaded is not saved
     write_atomically(where, lambda file: torch.save(content, file))
 
 
@@ -138,7 +144,7 @@ def export_onnx(
     Raises:
         UserError: the package onnx is missing, an argument cannot be used, or the file cannot be written.
     """
-    _require_quantized(model)
+    _saved_content(model)
     where = _checked_path(path)
     require_onnx_name("path", where)
     if opset is not None and not isinstance(opset, int):
@@ -147,11 +153,11 @@ def export_onnx(
     write_onnx(model.network, where, describe(model.config, model.metadata, names), opset)
 
 
-def _require_quantized(model: nn.Module) -> None:
-    """Refuse what is no quantized model, or one that was changed to what no file can hold.
+def _saved_content(model: nn.Module) -> dict[str, Any]:
+    """What a file of a quantized model holds, which gives this very model when it is loaded.
 
     Raises:
-        UserError: naming it.
+        UserError: it is no quantized model, or was changed so that no file can hold it.
     """
     if not isinstance(model, QuantizedModel):
         raise UserError(
@@ -173,6 +179,20 @@ def _require_quantized(model: nn.Module) -> None:
             f"the model's metadata cannot be saved: {printable(str(error), 200)}; "
             "allowed is a dict of texts, numbers, lists and dicts"
         ) from error
+    try:
+        content = checkpoint_content(model.network, model.config, model.metadata)
+    except ValueError as error:
+        raise UserError(f"the model cannot be saved: {error}") from error
+    loaded = network_of(content, "the model")[0].state_dict()
+    for name, value in model.network.state_dict().items():
+        if name not in loaded or not torch.equal(value.cpu(), loaded[name]):
+            raise UserError(
+                f"the model's {name} was changed after it was quantized: files hold integers and step sizes"
+            )
+    off = [name for name, quantizer in quantizers(model.network) if not quantizer.enabled]
+    if off:
+        raise UserError(f"the model's {off[0]} is switched off, allowed is a model that quantizes")
+    return content
 
 
 def _checked_path(path: StrPath) -> Path:

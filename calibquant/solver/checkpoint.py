@@ -252,7 +252,7 @@ def _fill_layer(parent: nn.Module, name: str, layer: QuantLayer, saved: dict[str
     count = 1 if expected.ch_axis == PER_TENSOR else layer.weight.shape[expected.ch_axis]
     scale, zero_point = _checked_qparams(name, saved, expected, count)
     codes = unpack_bits(saved["weight"], expected.bits, layer.weight.numel()).view(layer.weight.shape)
-    bias = saved["bias"]
+    bias = saved["bias"].detach()  # a file may say of a tensor that it takes gradients
     if bias.dtype != torch.float32 or bias.shape != layer.bias.shape:
         raise ValueError(f"{name}: bias is {list(bias.shape)} of {bias.dtype}, not what the network has")
     if not bool(torch.isfinite(bias).all()):
@@ -278,7 +278,7 @@ def _checked_qparams(
 ) -> tuple[Tensor, Tensor]:
     if saved["scale"].dtype != torch.float32 or saved["zero_point"].dtype != torch.int16:
         raise ValueError(f"{name}: scales and zero-points are not float32 and int16")
-    scale, zero_point = saved["scale"], saved["zero_point"].float()
+    scale, zero_point = saved["scale"].detach(), saved["zero_point"].float()
     low, high = quant_bounds(quantizer.bits, quantizer.symmetric)
     if scale.shape != (count,) or zero_point.shape != (count,):
         raise ValueError(f"{name}: {scale.numel()} scales, allowed are {count}")
