@@ -329,11 +329,20 @@ def test_runs_are_compared_by_results_units_and_what_differs(
     assert "The first 8 runs are shown" in many and "the same in all runs" in many
 
 
+@pytest.mark.parametrize("change", [{"sharpness": [0.5, 4]}, {"augment": "crop_flip"}])
+def test_where_images_are_changed_at_random_another_seed_makes_them_others(tmp_path, change):
+    both = [metrics([unit("stem")], config={"data": change, "process": {"seed": n}}) for n in (1, 2)]
+    folders = [write_run(tmp_path / str(number), run) for number, run in enumerate(both)]
+    parts = Parts(make_comparison(folders, str(tmp_path / "compare.html")).read_text())
+    assert "differs between the runs (process.seed)." in parts.text
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"config": {"quant": {"equalize": {"iters": 100}}}}, "quant.equalize.iters"),
         ({"config": {"data": {"sharpness": [0.5, 4]}}}, "data.sharpness"),
+        ({"config": {"process": {"seed": 3}}}, ""),
         ({"config": {"data": {"batch_size": 3}}}, ""),
         ({"calibration": {"count": 12, "sha256": "cd" * 32}}, "the calibration images"),
     ],

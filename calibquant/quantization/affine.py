@@ -38,7 +38,10 @@ def quant_bounds(bits: int, symmetric: bool) -> tuple[int, int]:
 def choose_qparams_affine(
     min_val: Tensor, max_val: Tensor, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero-point whose grid covers the clipping range ``[min_val, max_val]`` and zero.
+    """Scale and zero-point of a grid as wide as the clipping range ``[min_val, max_val]``, zero in it.
+
+    A symmetric grid is as wide as the larger end on both sides. As signed integers have, it has a level
+    more below zero than above: it ends half a step short of that end above, and half a step beyond below.
 
     Args:
         min_val, max_val: clipping range, any shape (one element per tensor or channel).

@@ -149,7 +149,7 @@ def _finite_range(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class MinMaxObserver(Observer):
-    """Everything seen stays inside the range."""
+    """The range is from the least to the greatest value seen."""
 
     searches = False
 

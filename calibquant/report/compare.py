@@ -115,11 +115,17 @@ MEASURE = (
 )
 """Beginnings of settings on which a unit's error depends also where its output stays as near to the float
 network's: they scale channels, choose or change images, or give the classifier another target."""
+OF_DRAWS = {"data.augment": "none", "data.sharpness": "[1, 1]"}
+"""Images are changed at random, by the seed, unless these settings have these values."""
 
 
 def measured_apart(runs: list[Run]) -> list[str]:
     """What differs between runs, so that their units' errors cannot be held against each other."""
-    paths = [path for path, values in differing(runs) if path.startswith(MEASURE)]
+    drawn = any(
+        dict(run.settings).get(path, still) != still for run in runs for path, still in OF_DRAWS.items()
+    )
+    measure = (*MEASURE, "process.seed") if drawn else MEASURE
+    paths = [path for path, values in differing(runs) if path.startswith(measure)]
     hashes = {str(run.calibration.get("sha256")) for run in runs}
     return [*(["the calibration images"] if len(hashes) > 1 else []), *paths]
 

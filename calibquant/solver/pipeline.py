@@ -18,7 +18,7 @@ from calibquant.model.quant_layer import calibrate_weights
 from calibquant.model.quant_resnet import End, Override, QuantResNet, QuantSpec
 from calibquant.model.resnet import ResNet
 from calibquant.quantization.affine import SCALE_EPS
-from calibquant.quantization.fake_quant import QuantizerConfig
+from calibquant.quantization.fake_quant import QUANTIZERS, AdaRoundFakeQuantize, QuantizerConfig
 from calibquant.quantization.state import calibrating, quantizers
 from calibquant.solver.equalize import EqualizeSettings, equalize, settle_ranges, shift_to_floors
 from calibquant.solver.learn import DistilSettings, Progress, ReconSettings, plain_steps
@@ -108,17 +108,37 @@ def equalize_channels(model: QuantResNet, images: Tensor, config: EasyDict, prog
     settings = EqualizeSettings(**config.quant.equalize)
     if not settings.iters:
         return
-    batch = config.quant.recon.batch_size
+    batch, stages = config.quant.recon.batch_size, 0
     for name, before, after in equalize(model, images, settings, batch, config.process.seed, progress):
         logger.info("equalized %s: error %.5g -> %.5g", name, before, after)
+        stages += 1
+    if not stages:
+        logger.warning(
+            "quant.equalize.iters: changes nothing with quant.w_qconfig.ch_axis %d and "
+            "quant.a_qconfig.ch_axis %d, but with 0 and -1",
+            config.quant.w_qconfig.ch_axis,
+            config.quant.a_qconfig.ch_axis,
+        )
 
 
 def report_dead_channels(model: QuantResNet) -> None:
-    """Name the weights and activations that were zero throughout: their scale is only a floor."""
+    """Name weights and activations that were zero throughout, or nearly: their scale is only a floor."""
     for name, quantizer in quantizers(model):
         dead = int((quantizer.scale <= SCALE_EPS).sum())
         if dead:
-            logger.warning("%s: %d of %d channels are zero throughout", name, dead, quantizer.scale.numel())
+            words = "%s: %d of %d channels are zero throughout, or too small for the least step size, %g"
+            logger.warning(words, name, dead, quantizer.scale.numel(), SCALE_EPS)
+
+
+def report_idle(config: EasyDict) -> None:
+    """Name what is set of how weights' rounding is learned where it is not learned."""
+    recon, kind = config.quant.recon, config.quant.w_qconfig.quantizer
+    adaptive = QUANTIZERS[kind] is AdaRoundFakeQuantize
+    reason = f"quant.w_qconfig.quantizer {kind}" if not adaptive else "quant.recon.round_mode nearest"
+    if not adaptive and recon.round_mode == "straight_through":
+        logger.warning("quant.recon.round_mode: changes nothing with %s", reason)
+    if recon.weight_scale_lr and (not adaptive or recon.round_mode == "nearest"):
+        logger.warning("quant.recon.weight_scale_lr: changes nothing with %s", reason)
 
 
 def recon_settings(config: EasyDict, images: int | None = None, processes: int = 1) -> ReconSettings:
@@ -137,6 +157,7 @@ def recon_settings(config: EasyDict, images: int | None = None, processes: int =
             f"quant.recon.held_out is {held_out:g}, allowed with {processes} processes and {images} "
             "calibration images is 0: a process has only one"
         )
+    report_idle(config)
     values = dict(config.quant.recon)
     values["batch_size"] = min(values["batch_size"], images or values["batch_size"]) // processes
     values["b_range"], values["merge"] = tuple(values["b_range"]), tuple(values["merge"])
