@@ -4,6 +4,8 @@ import copy
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,12 +107,30 @@ def test_at_8_bits_the_network_is_nearly_the_float_one(small):
         assert relative_difference(quantized(images(side=16)), model(images(side=16))).max() < 0.05
 
 
-@pytest.mark.parametrize("scope", [torch.no_grad, torch.inference_mode])
-def test_the_result_is_the_same_each_time_and_inside_no_grad(small, scope):
-    model, quantized = small
+@contextmanager
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        partial(torch.autocast, "cpu", torch.bfloat16),
+        float64_by_default,
+    ],
+    ids=["no_grad", "inference_mode", "autocast", "float64"],
+)
+def test_the_result_is_the_same_each_time_and_in_whatever_scope(small, scope):
+    (model, quantized), given = small, images(side=16)
     with scope():
-        again = calibquant.quantize(model, images(side=16), QUICK)
-        assert torch.equal(again(images(side=16)), quantized(images(side=16)))
+        again = calibquant.quantize(model, given, QUICK)
+        assert torch.equal(again(given), quantized(given))
 
 
 def test_the_config_may_be_a_dict_a_file_or_nothing(small, tmp_path):
