@@ -168,7 +168,9 @@ def reconstruct_and_report(
         if result.held_out_before is not None:
             logger.info("  on images held out %.5g -> %.5g", result.held_out_before, result.held_out_after)
         if result.reverted:
-            logger.warning("unit %s: learning made it no better, kept as before learning", result.name)
+            compensated = result.error_start < result.error_before
+            kept = "as compensation left it" if compensated else "as before learning"
+            logger.warning("unit %s: learning made it no better, kept %s", result.name, kept)
         results.append(asdict(result) | peak_memory())
         run.record(units=results)
 
