@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +25,7 @@ from calibquant.errors import UserError
 from calibquant.model.quant_resnet import Unit
 from calibquant.quantization.fake_quant import FixedFakeQuantize, IntegerWeight
 from calibquant.solver import learn, main_imagenet
+from calibquant.solver.cache_plan import Room, choose_store
 from calibquant.solver.files import make_folder
 from calibquant.solver.imagenet_util import Score
 from calibquant.solver.main_imagenet import interruptible
@@ -216,6 +218,17 @@ def test_a_run_stopped_after_saving_saves_no_second_file(place, monkeypatch):
     assert checkpoints(place, "stopped") == [saved]
     main_imagenet.main()
     assert len(checkpoints(place, "stopped")) == 2, "a run of its own has a file of its own"
+
+
+def test_too_little_memory_is_told_before_anything_is_scored(place, monkeypatch):
+    config = write_config(place, data__type="crowded", quant__recon__iters=1, **SOON_CALIBRATED)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["main_imagenet.py", "--config", str(config)])
+    monkeypatch.setattr(main_imagenet, "evaluate", None)  # would fail if it were called
+    crowded = partial(choose_store, free=lambda *_: Room(1000, 1000, 1000))
+    monkeypatch.setattr(main_imagenet, "choose_store", crowded)
+    with pytest.raises(UserError, match=r"a step of quant\.recon\.batch_size 8 needs about"):
+        main_imagenet.main()
 
 
 def test_a_saved_file_that_is_gone_is_saved_again(tmp_path):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from calibquant.model.quant_resnet import QuantResNet
 from calibquant.solver.cache_plan import choose_store
+from calibquant.solver.caches import Store
 from calibquant.solver.checkpoint import MODEL_ROOT, save_checkpoint
 from calibquant.solver.config import config_name, load_config
 from calibquant.solver.fast import choose_engine
@@ -34,7 +35,7 @@ from calibquant.solver.imagenet_util import (
     validation_loader,
     validation_samples,
 )
-from calibquant.solver.learn import bfloat16_pays, plain_steps
+from calibquant.solver.learn import ReconSettings, bfloat16_pays, plain_steps
 from calibquant.solver.peers import Peers
 from calibquant.solver.pipeline import (
     calibrate,
@@ -96,7 +97,9 @@ def quantize(
         calibration = load_calibration(config)
         images = calibration.sha256, names_and_sizes(scored)
         state.require_same(identity(config, model, *images, device, peers.size))
-        model.to(device)
+        quantized = quantize_model(model.to(device), config)
+        settings = recon_settings(config, len(calibration.files), peers.size)
+        store = choose_store(quantized, calibration.share(peers).images, settings, run.folder, peers.size)
     run.record(calibration=calibration.manifest(), processes=peers.size)
     logger.info("calibration: %d images, sha256 %s", len(calibration.files), calibration.sha256)
 
@@ -111,7 +114,6 @@ def quantize(
 
     score("float", "float", model)
     with run.stage("calibrate"):
-        quantized = quantize_model(model, config)
         if peers.leads:  # on all images: ranges are then those of a single process
             calibrate(quantized, calibration.images, config, progress_bar)
         peers.match(quantized)
@@ -121,7 +123,9 @@ def quantize(
     recorded = recorded_for_report(run.folder, quantized, calibration, config) if leads else nullcontext()
     with recorded, run.stage("reconstruct"):
         calibration = calibration.share(peers)  # from here on no process holds the others' images
-        reconstruct_and_report(quantized, calibration, config, run, state, peers)
+        reconstruct_and_report(
+            quantized, calibration, settings, config.process.seed, store, run, state, peers
+        )
 
     def save() -> Path:
         path = state.saved(lambda: save_checkpoint(quantized, config, story(config, calibration, peers)))
@@ -140,17 +144,17 @@ def quantize(
 def reconstruct_and_report(
     model: QuantResNet,
     calibration: Calibration,
-    config: EasyDict,
+    settings: ReconSettings,
+    seed: int,
+    store: Store,
     run: RunLog,
     state: RunState,
     peers: Peers,
 ) -> None:
     """Reconstruct unit by unit, logging each and keeping the metrics up to date."""
-    settings = recon_settings(config, len(calibration.files), peers.size)
-    images, seed, device = calibration.images, config.process.seed, next(model.buffers()).device
+    images, device = calibration.images, next(model.buffers()).device
     progress = progress_bar if peers.leads else plain_steps
     engine = choose_engine(settings.compile)
-    store = choose_store(model, images, settings, run.folder, peers.size)
     if settings.precision == "bf16" and not bfloat16_pays(device):
         logger.warning("quant.recon.precision is bf16, which is slower than float32 here: using float32")
     results = []
