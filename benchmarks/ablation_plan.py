@@ -208,11 +208,8 @@ def find_sets(given: Sequence[str], data: EasyDict) -> dict[str, ImageSet]:
     """
     root = expand(data.path, "data.path")
     if not given:
-        return {
-            data.calibration: find_set(
-                root / expand(data.calibration, "data.calibration"), root / "train", "--config"
-            )
-        }
+        own = root / expand(data.calibration, "data.calibration")
+        return {data.calibration: find_set(own, root / "train", "--config")}
     short = [Path(one).stem if is_file(Path(one)) else Path(one).absolute().name for one in given]
     names = short if len(set(short)) == len(short) else unique(given, "--sets")
     sets = [find_set(Path(one), root / "train", "--sets") for one in given]

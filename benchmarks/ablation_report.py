@@ -95,13 +95,18 @@ def means(outcome: Mapping[str, Any]) -> dict[str, float]:
     return {metric: float(outcome[metric].mean()) for metric in METRICS}
 
 
+def averaged(outcomes: Sequence[Outcome]) -> Outcome:
+    """Each image's mean over runs, by metric."""
+    return {metric: pooled([outcome[metric] for outcome in outcomes]) for metric in METRICS}
+
+
 def compare(finished: Finished) -> list[Comparison]:
     """Each variant at each bit-width against the first variant there, image by image."""
     comparisons = []
     baselines: dict[str, dict[str, Any]] = {}
     for (bits, variant), runs in groups(finished).items():
-        values = {metric: pooled([r.reconstructed[metric] for _, r in runs]) for metric in METRICS}
-        before = {metric: pooled([r.range_only[metric] for _, r in runs]) for metric in METRICS}
+        values = averaged([result.reconstructed for _, result in runs])
+        before = averaged([result.range_only for _, result in runs])
         first = baselines.setdefault(bits, values)
         differences = (
             {} if first is values else {m: paired_difference(values[m], first[m]) for m in METRICS}
@@ -121,21 +126,16 @@ def set_effects(finished: Finished, scores: Scores) -> list[SetEffect]:
             by_set.setdefault(name, []).append(result.reconstructed)
         if len(by_set) < 2:
             continue
-        values = {
-            metric: np.stack(
-                [pooled([outcome[metric] for outcome in of_set]) for of_set in by_set.values()]
-            )
-            for metric in METRICS
-        }
-        columns = {metric: of_sets.mean(axis=1).tolist() for metric, of_sets in values.items()}
-        found = {name: {m: columns[m][place] for m in METRICS} for place, name in enumerate(by_set)}
+        values = {name: averaged(outcomes) for name, outcomes in by_set.items()}
+        found = {name: means(of_set) for name, of_set in values.items()}
+        columns = {m: [of_set[m] for of_set in found.values()] for m in METRICS}
         known = [scores[name] for name in found] if scores and not one_set else [{}]
         correlations = {
             score: {m: rank_correlation([one[score] for one in known], columns[m]) for m in METRICS}
             for score in known[0]
         }
         spreads = {metric: spread(column) for metric, column in columns.items()}
-        own = {metric: own_spread(of_sets) for metric, of_sets in values.items()}
+        own = {m: own_spread(np.stack([of_set[m] for of_set in values.values()])) for m in METRICS}
         effects.append(SetEffect(bits, variant, found, spreads, own, correlations))
     return effects
 

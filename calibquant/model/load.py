@@ -127,10 +127,11 @@ def safe_load(path: Path, what: str, checked: bool = False) -> Any:
     except OSError as error:
         raise UserError(f"{what} {path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch's readers raise almost anything on foreign bytes
-        foreign = "it is empty" if not path.stat().st_size else "it is no file that torch.save wrote whole"
-        reason = (is_zip(path) and str(error).strip().splitlines()) or [foreign]
+        reason = "it is empty" if not path.stat().st_size else "it is no file that torch.save wrote whole"
+        if is_zip(path):
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{what} {path}: cannot be read, truncated, damaged or foreign: {printable(reason[0], 120)}"
+            f"{what} {path}: cannot be read, truncated, damaged or foreign: {printable(reason, 120)}"
         ) from error
 
 

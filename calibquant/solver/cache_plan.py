@@ -77,18 +77,18 @@ def estimate(model: QuantResNet, image: Tensor, count: int, settings: ReconSetti
     size = CACHE_TYPES[settings.cache].itemsize
     here = {"x": image}
     stored = {"x": image.numel() * image.element_size()}  # of both networks: the images are shared
-    caches = rows = moments = compensation = step = whole = weights = together = 0
+    caches = rows = moments = compensation = step = whole = learned = together = 0
     shown = stored["x"] if settings.distil.after else 0  # kept to the end
     units = model.units(settings.granularity, settings.merge)
     for index, unit in enumerate(units):
         inputs = [here[name] for name in unit.reads]
         sites = quantizer_inputs(unit.module, inputs)
         elements = sum(x.numel() for x in (*inputs, *sites))
-        own = sum(layer.weight.numel() for _, layer in layers(unit.module))
-        weights += own
-        together = weights if learns_after(unit, settings.distil) else together
-        learned = NUMBERS_OF_A_WEIGHT * 4 * own
-        step = max(step, TENSORS_PER_SITE * 4 * settings.batch_size * elements + learned)
+        own = NUMBERS_OF_A_WEIGHT * 4 * sum(layer.weight.numel() for _, layer in layers(unit.module))
+        step = max(step, TENSORS_PER_SITE * 4 * settings.batch_size * elements + own)
+        learned += own
+        if learns_after(unit, settings.distil):
+            together = learned
         whole += sum(x.numel() for x in sites)
         out = unit.module(*inputs)
         target = out.numel() * size
@@ -105,8 +105,7 @@ def estimate(model: QuantResNet, image: Tensor, count: int, settings: ReconSetti
         still_read = live_names(units[index + 1 :])
         stored = {name: bytes_ for name, bytes_ in stored.items() if name in still_read}
     if settings.distil.after:
-        learned = NUMBERS_OF_A_WEIGHT * 4 * together
-        step = max(step, TENSORS_TO_KEEP * 4 * settings.batch_size * whole + learned)
+        step = max(step, TENSORS_TO_KEEP * 4 * settings.batch_size * whole + together)
     return Need(caches, rows, moments, compensation, step)
 
 

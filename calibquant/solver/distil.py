@@ -52,10 +52,8 @@ def require_units(after: Sequence[str], units: Sequence[Unit]) -> None:
     Raises:
         ValueError: one is not.
     """
-    behind = [[*units[place + 1 :], LAST] for place in range(len(units))]
-    allowed = [
-        last_name(unit) for unit, rest in zip(units, behind, strict=True) if live_names(rest) == {"x"}
-    ]
+    places = [n for n, _ in enumerate(units) if live_names([*units[n + 1 :], LAST]) == {"x"}]
+    allowed = [last_name(units[n]) for n in places]
     for name in after:
         if name not in allowed:
             nearest = nearest_names(name, allowed)

@@ -109,13 +109,13 @@ class Calibration:
     sha256: str
     skipped: int = 0
 
+    def part(self, peers: Peers) -> Tensor:
+        """One process's images, where all of them are in memory."""
+        return self.images[peers.share(len(self.images), "the calibration set")]
+
     def share(self, peers: Peers) -> "Calibration":
         """The same set of which only one process's images are in memory."""
-        if peers.size == 1:
-            return self
-        return replace(
-            self, images=self.images[peers.share(len(self.images), "the calibration set")].clone()
-        )
+        return self if peers.size == 1 else replace(self, images=self.part(peers).clone())
 
     def manifest(self) -> dict[str, Any]:
         """What `metrics.json` and a checkpoint say of the calibration set."""
@@ -136,10 +136,8 @@ def class_names(data: EasyDict) -> list[str]:
     if data.classes == "imagenet":
         return imagenet_wnids()
     if data.classes == "folders":
-        return [
-            folder.name
-            for folder in subfolders(expand(data.path, "data.path") / "val", "data.path: val folder")
-        ]
+        val = expand(data.path, "data.path") / "val"
+        return [folder.name for folder in subfolders(val, "data.path: val folder")]
     path = expand(data.classes, "data.classes")
     try:
         if not path.is_file() or path.stat().st_size > MAX_CLASSES_BYTES:

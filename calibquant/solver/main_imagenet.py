@@ -99,7 +99,7 @@ def quantize(
         state.require_same(identity(config, model, *images, device, peers.size))
         quantized = quantize_model(model.to(device), config)
         settings = recon_settings(config, len(calibration.files), peers.size)
-        store = choose_store(quantized, calibration.share(peers).images, settings, run.folder, peers.size)
+        store = choose_store(quantized, calibration.part(peers), settings, run.folder, peers.size)
     run.record(calibration=calibration.manifest(), processes=peers.size)
     logger.info("calibration: %d images, sha256 %s", len(calibration.files), calibration.sha256)
 

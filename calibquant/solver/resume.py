@@ -147,9 +147,7 @@ class RunState(Memory):
             if not all(isinstance(value, int | float) for value in found.as_dict().values()):
                 raise TypeError("it holds what is no number")
         except TypeError as error:
-            raise UserError(
-                f"state of an unfinished run {path}: damaged ({error}); start anew with --fresh"
-            ) from error
+            raise _damaged(path, error) from error
         return found
 
     def keep_score(self, key: str, score: Score) -> None:
@@ -185,9 +183,7 @@ class RunState(Memory):
             trace = [TracePoint(**point) for point in result.pop("trace")]
             return UnitResult(**result, trace=trace)
         except Exception as error:  # whatever a wrong value, at any place, makes the code above raise
-            raise UserError(
-                f"state of an unfinished run {path}: damaged ({error}); start anew with --fresh"
-            ) from error
+            raise _damaged(path, error) from error
 
     def remember(self, unit: Unit, result: UnitResult) -> None:
         """Write a finished unit; afterwards it survives anything.
@@ -282,12 +278,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"state of an unfinished run {path}: damaged ({error}); start anew with --fresh"
-        ) from error
+        raise _damaged(path, error) from error
     if not isinstance(content, dict):
-        raise UserError(f"state of an unfinished run {path}: damaged; start anew with --fresh")
+        raise _damaged(path, f"it is a {type(content).__name__}")
     return content
+
+
+def _damaged(path: Path, reason: object) -> UserError:
+    return UserError(f"state of an unfinished run {path}: damaged ({reason}); start anew with --fresh")
 
 
 def _difference(key: str, before: str | None, now: str | None) -> str:
