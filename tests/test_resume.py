@@ -220,6 +220,40 @@ def test_a_run_stopped_after_saving_saves_no_second_file(place, monkeypatch):
     assert len(checkpoints(place, "stopped")) == 2, "a run of its own has a file of its own"
 
 
+def test_ranges_outlive_a_kill_and_are_not_found_again(place, monkeypatch):
+    changes = {"quant__recon__iters": 3, "quant__equalize__iters": 3, "quant__equalize__shift": True}
+    config = write_config(place, data__type="ranged", **changes, **SOON_CALIBRATED)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["main_imagenet.py", "--config", str(config)])
+    main_imagenet.main()
+    (expected,) = (path.read_bytes() for path in checkpoints(place, "ranged"))
+    with monkeypatch.context() as killed:
+        killed.setattr(main_imagenet, "reconstruct", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main_imagenet.main()
+    monkeypatch.setattr(main_imagenet, "calibrate", None)  # would fail if it were called
+    main_imagenet.main()
+    assert [path.read_bytes() for path in checkpoints(place, "ranged")] == [expected] * 2
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:100], lambda content: b""])
+def test_damaged_ranges_are_refused_in_one_line(tmp_path, damage):
+    config, state = small_config(), RunState(tmp_path)
+    state.calibrated(calibrated_model(config, IMAGES), lambda: None)
+    path = tmp_path / "calibrated.pth"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"state of an unfinished run .*calibrated\.pth"):
+        state.calibrated(calibrated_model(config, IMAGES), lambda: None)
+    path.unlink()
+    torch.save({}, path)
+    with pytest.raises(UserError, match=r"calibrated\.pth: damaged .*start anew with --fresh"):
+        state.calibrated(calibrated_model(config, IMAGES), lambda: None)
+
+
 def test_too_little_memory_is_told_before_anything_is_scored(place, monkeypatch):
     config = write_config(place, data__type="crowded", quant__recon__iters=1, **SOON_CALIBRATED)
     monkeypatch.chdir(place)

@@ -115,7 +115,9 @@ def quantize(
     score("float", "float", model)
     with run.stage("calibrate"):
         if peers.leads:  # on all images: ranges are then those of a single process
-            calibrate(quantized, calibration.images, config, progress_bar)
+            state.calibrated(
+                quantized, lambda: calibrate(quantized, calibration.images, config, progress_bar)
+            )
         peers.match(quantized)
     score("range_only", "ranges only", quantized)
 

@@ -1,8 +1,9 @@
-"""A run's finished units on disk, so that the same command continues where a killed run stopped.
+"""A run's finished parts on disk, so that the same command continues where a killed run stopped.
 
-After each unit its hardened state is written (whole, synced, then renamed). What is carried from unit to
-unit is not: running the finished units again gives it back, bit for bit on the same machine. A state
-belongs to a config file; what it was made from is kept with it, and a difference is refused.
+Once ranges are calibrated the network is written, and after each unit its hardened state (whole, synced,
+then renamed). What is carried from unit to unit is not: running the finished units again gives it back, bit
+for bit on the same machine. A state belongs to a config file; what it was made from is kept with it, and a
+difference is refused.
 """
 
 import fcntl
@@ -44,6 +45,8 @@ LOCK = "lock"
 """Is locked by the process that a state belongs to."""
 ATTEMPTS = 20
 """At a state's folder, which a run that ends takes away."""
+CALIBRATED = "calibrated.pth"
+"""The network once its ranges are set."""
 LOGS = "log.json"
 """Says where the run logs, or logged when it was killed."""
 SAVED = "saved.json"
@@ -164,6 +167,22 @@ class RunState(Memory):
         write_json(note, {"file": str(path)})
         return path
 
+    def calibrated(self, model: nn.Module, calibrate: Callable[[], None]) -> None:
+        """Put a network into the state that calibration gave it in the unfinished run, or calibrate it now.
+
+        Raises:
+            UserError: the state's file is damaged, or cannot be written.
+        """
+        path = self.folder / CALIBRATED
+        if not path.exists():
+            calibrate()
+            _write(path, _state_of(model))
+            return
+        with _reading(path) as content:
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                tensor.data = content[name].to(tensor.device)  # ranges may be of another shape by now
+        logger.info("calibrated already, by the unfinished run")
+
     def recall(self, unit: Unit) -> UnitResult | None:
         """Put a finished unit into its final state.
 
@@ -173,17 +192,12 @@ class RunState(Memory):
         path = self._path(unit)
         if not path.exists():
             return None
-        content = safe_load(path, "state of an unfinished run")
-        try:
-            if checksum(content) != content["checksum"]:
-                raise ValueError("its checksum does not match")
+        with _reading(path) as content:
             harden(unit.module)
             unit.module.load_state_dict(content["state"])
             result = content["result"]
             trace = [TracePoint(**point) for point in result.pop("trace")]
             return UnitResult(**result, trace=trace)
-        except Exception as error:  # whatever a wrong value, at any place, makes the code above raise
-            raise _damaged(path, error) from error
 
     def remember(self, unit: Unit, result: UnitResult) -> None:
         """Write a finished unit; afterwards it survives anything.
@@ -191,10 +205,7 @@ class RunState(Memory):
         Raises:
             UserError: it cannot be written.
         """
-        state = {key: bare(value) for key, value in unit.module.state_dict().items()}
-        content: dict[str, Any] = {"state": state, "result": asdict(result)}
-        content["checksum"] = checksum(content)
-        write_atomically(self._path(unit), lambda file: torch.save(content, file))
+        _write(self._path(unit), {"state": _state_of(unit.module), "result": asdict(result)})
 
     def _path(self, unit: Unit) -> Path:
         name = unit.name
@@ -272,6 +283,32 @@ def _is_open_at(path: Path, file: IO[str]) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _state_of(module: nn.Module) -> dict[str, Any]:
+    return {key: bare(value) for key, value in module.state_dict().items()}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write tensors and plain values, with their checksum."""
+    content = content | {"checksum": checksum(content)}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[dict[str, Any]]:
+    """Inside, what was written is put to use; whatever is wrong with it is one line.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    content = safe_load(path, "state of an unfinished run")
+    try:
+        if checksum(content) != content["checksum"]:
+            raise ValueError("its checksum does not match")
+        yield content
+    except Exception as error:  # whatever a wrong value, at any place, makes the code above raise
+        raise _damaged(path, error) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
