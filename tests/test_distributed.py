@@ -199,29 +199,31 @@ def test_while_units_learn_a_process_holds_its_own_images_alone(place, monkeypat
     class First(Peers):
         size = 4
 
-    whole, seen = [], []
+    whole, seen, told = [], [], []
 
     def load(config):
         found = imagenet_util.load_calibration(config)
         whole.append(weakref.ref(found.images))
         return found
 
-    def learn(model, calibration, *_):
+    def learn(model, images, *_):
         gc.collect()
-        seen.append((whole[0](), len(calibration.images), len(calibration.files)))
+        seen.append((whole[0](), len(images)))
+        return iter(())
 
-    def save(*_) -> Path:
+    def save(model, config, story) -> Path:
+        told.append(story["calibration"]["count"])
         return Path("float.pth")
 
     monkeypatch.chdir(place)
     monkeypatch.setattr(main_imagenet, "load_calibration", load)
-    monkeypatch.setattr(main_imagenet, "reconstruct_and_report", learn)
+    monkeypatch.setattr(main_imagenet, "reconstruct", learn)
     monkeypatch.setattr(main_imagenet, "save_checkpoint", save)
     config = load_config(team_config(place, "alone"))
     with run_state("here", True, tmp_path) as state, start_run(str(tmp_path), config) as run:
         main_imagenet.quantize(config, torch.device("cpu"), run, state, First())
-    ((kept, images, files),) = seen
-    assert kept is None and images == 3 and files == 12
+    ((kept, images),) = seen
+    assert kept is None and images == 3 and told == [12]
 
 
 def test_parts_hold_every_image_once_and_batches_are_shared_out():

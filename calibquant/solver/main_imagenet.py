@@ -20,9 +20,7 @@ from easydict import EasyDict
 from torch import nn
 from tqdm import tqdm
 
-from calibquant.model.quant_resnet import QuantResNet
 from calibquant.solver.cache_plan import choose_store
-from calibquant.solver.caches import Store
 from calibquant.solver.checkpoint import MODEL_ROOT, save_checkpoint
 from calibquant.solver.config import config_name, load_config
 from calibquant.solver.fast import choose_engine
@@ -35,7 +33,7 @@ from calibquant.solver.imagenet_util import (
     validation_loader,
     validation_samples,
 )
-from calibquant.solver.learn import ReconSettings, bfloat16_pays, plain_steps
+from calibquant.solver.learn import bfloat16_pays, plain_steps
 from calibquant.solver.peers import Peers
 from calibquant.solver.pipeline import (
     calibrate,
@@ -45,7 +43,7 @@ from calibquant.solver.pipeline import (
     quantize_model,
     recon_settings,
 )
-from calibquant.solver.recon import reconstruct
+from calibquant.solver.recon import UnitResult, reconstruct
 from calibquant.solver.report import recorded_for_report, write_report
 from calibquant.solver.resume import RunState, identity, run_state
 from calibquant.solver.run_log import RunLog, peak_memory, start_run, versions
@@ -102,6 +100,8 @@ def quantize(
         store = choose_store(quantized, calibration.part(peers), settings, run.folder, peers.size)
     run.record(calibration=calibration.manifest(), processes=peers.size)
     logger.info("calibration: %d images, sha256 %s", len(calibration.files), calibration.sha256)
+    if settings.precision == "bf16" and not bfloat16_pays(device):
+        logger.warning("quant.recon.precision is bf16, which is slower than float32 here: using float32")
 
     def score(key: str, words: str, network: nn.Module) -> None:
         with run.stage(f"evaluate_{key}"):
@@ -125,9 +125,10 @@ def quantize(
     recorded = recorded_for_report(run.folder, quantized, calibration, config) if leads else nullcontext()
     with recorded, run.stage("reconstruct"):
         calibration = calibration.share(peers)  # from here on no process holds the others' images
-        reconstruct_and_report(
-            quantized, calibration, settings, config.process.seed, store, run, state, peers
-        )
+        own, seed = calibration.images, config.process.seed
+        progress, engine = progress_bar if leads else plain_steps, choose_engine(settings.compile)
+        units = reconstruct(quantized, own, settings, seed, progress, state, store, engine, peers)
+        report_units(units, run)
 
     def save() -> Path:
         path = state.saved(lambda: save_checkpoint(quantized, config, story(config, calibration, peers)))
@@ -143,24 +144,10 @@ def quantize(
     return path
 
 
-def reconstruct_and_report(
-    model: QuantResNet,
-    calibration: Calibration,
-    settings: ReconSettings,
-    seed: int,
-    store: Store,
-    run: RunLog,
-    state: RunState,
-    peers: Peers,
-) -> None:
-    """Reconstruct unit by unit, logging each and keeping the metrics up to date."""
-    images, device = calibration.images, next(model.buffers()).device
-    progress = progress_bar if peers.leads else plain_steps
-    engine = choose_engine(settings.compile)
-    if settings.precision == "bf16" and not bfloat16_pays(device):
-        logger.warning("quant.recon.precision is bf16, which is slower than float32 here: using float32")
+def report_units(units: Iterable[UnitResult], run: RunLog) -> None:
+    """Log each unit once it is done, and keep the metrics up to date."""
     results = []
-    for result in reconstruct(model, images, settings, seed, progress, state, store, engine, peers):
+    for result in units:
         logger.info(
             "unit %-12s %s %.5g -> %.5g, %.1f s, %.2f %% moved, %.2f %% unconverged",
             result.name,
