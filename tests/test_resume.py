@@ -489,6 +489,36 @@ def test_every_script_is_quiet_while_torch_is_imported():
         assert text.index("import calibquant.quiet_start") < text.index("\nfrom calibquant"), name
 
 
+ENDING = """
+import atexit, sys, time
+from calibquant.errors import UserError
+from calibquant.solver.script import run_script
+
+atexit.register(lambda: (print("ending", flush=True), time.sleep(60)))
+run_script(lambda: exec(sys.argv[1]))
+"""
+"""A script whose interpreter takes its time to end."""
+
+
+@pytest.mark.parametrize(
+    ("ends", "number", "words"),
+    [
+        ("pass", signal.SIGTERM, ""),
+        ("raise KeyboardInterrupt", signal.SIGINT, "interrupted\n"),
+        ("raise UserError('wrong')", signal.SIGINT, "error: wrong\n"),
+    ],
+)
+def test_a_signal_while_a_script_ends_shows_no_traceback(heeds_interrupts, ends, number, words):
+    """One who presses Ctrl-C twice: what torch and others do at the interpreter's end takes a moment."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDING, ends], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ending\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (-number, words)
+
+
 def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(place, heeds_interrupts):
     config = write_config(place, data__type="interrupted", quant__recon__iters=2000, **SOON_CALIBRATED)
     process, _ = run_until("unit stem", config, place)

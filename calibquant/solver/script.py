@@ -41,20 +41,31 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
+        _heed_no_more()
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        _heed_no_more()
         _forget_output()
         sys.exit(1)
     except Exception as error:
         words = for_user(error)
         if words is None:
             raise
+        _heed_no_more()
         print(f"error: {words}", file=sys.stderr)
         if isinstance(error, OSError):
             _forget_output()
         sys.exit(2)
+    _heed_no_more()
     sys.exit(0)
+
+
+def _heed_no_more() -> None:
+    """Let a signal end the interpreter's own end, too, at once, where Python would show a traceback."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _forget_output() -> None:
