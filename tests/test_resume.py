@@ -214,8 +214,17 @@ def test_a_run_stopped_after_saving_saves_no_second_file(place, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         main_imagenet.main()
     (saved,) = checkpoints(place, "stopped")
+    report = main_imagenet.write_report
+
+    def interrupted_in_the_report(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_imagenet, "write_report", interrupted_in_the_report)
+    with pytest.raises(KeyboardInterrupt):
+        main_imagenet.main()
+    monkeypatch.setattr(main_imagenet, "write_report", report)
     main_imagenet.main()
-    assert checkpoints(place, "stopped") == [saved]
+    assert checkpoints(place, "stopped") == [saved] and len(scored) == 4
     main_imagenet.main()
     assert len(checkpoints(place, "stopped")) == 2, "a run of its own has a file of its own"
 

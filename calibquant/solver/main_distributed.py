@@ -34,6 +34,7 @@ def main() -> None:
                 quantize(config, peers.device(args.device), run, state, peers)
             if peers.leads:
                 write_report(run.folder)
+            state.forget()
 
 
 def require_equal_shares(config: EasyDict, processes: int) -> None:

@@ -60,6 +60,7 @@ def main() -> None:
         with interruptible(args.fresh):
             quantize(config, choose_device(args.device), run, state)
         write_report(run.folder)
+        state.forget()  # only now: the same command would begin anew
 
 
 @contextmanager
@@ -140,7 +141,6 @@ def quantize(
     with run.stage("save"):
         path = peers.from_first(save)
     score("quantized", "quantized", quantized)
-    state.forget()
     return path
 
 
