@@ -108,8 +108,8 @@ def test_at_8_bits_the_network_is_nearly_the_float_one(small):
 
 
 @contextmanager
-def float64_by_default():
-    torch.set_default_dtype(torch.float64)
+def by_default(dtype):
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
@@ -122,9 +122,10 @@ def float64_by_default():
         torch.no_grad,
         torch.inference_mode,
         partial(torch.autocast, "cpu", torch.bfloat16),
-        float64_by_default,
+        partial(by_default, torch.float64),
+        partial(by_default, torch.bfloat16),
     ],
-    ids=["no_grad", "inference_mode", "autocast", "float64"],
+    ids=["no_grad", "inference_mode", "autocast", "float64", "bfloat16"],
 )
 def test_the_result_is_the_same_each_time_and_in_whatever_scope(small, scope):
     (model, quantized), given = small, images(side=16)

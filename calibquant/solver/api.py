@@ -7,7 +7,8 @@ public here by name.
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def quantize(
     Raises:
         UserError: the config, the model or the images cannot be used; one line says why.
     """
-    with torch.inference_mode(False), torch.enable_grad():  # learning needs gradients, wherever called
+    # learning needs gradients, wherever called
+    with torch.inference_mode(False), torch.enable_grad(), _float32_by_default():
         images = _checked_images(calibration_images)
         checked = _checked_config(config, model, images)
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
@@ -90,6 +92,17 @@ def quantize(
         "calibration": {"count": len(images), "sha256": checksum({"images": images})},
     }
     return QuantizedModel(network, checked, metadata).eval()
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Float32 as torch's default type, as in the scripts; afterwards the caller's own."""
+    own = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(own)
 
 
 def _quantized(model: nn.Module, images: Tensor, config: EasyDict) -> QuantResNet:
