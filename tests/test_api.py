@@ -162,12 +162,14 @@ def mistakes():
     biased = build_model("resnet18", SMALL)
     biased.fc.bias.data[0] = torch.nan
     shallow = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+    empty = build_model("resnet18", SMALL).to("meta")
     return {
         "a linear layer": ({"model": nn.Linear(2, 2)}, "the model is a Linear, allowed are"),
         "other depths": ({"model": shallow}, "depths=(1, 1, 1, 1)"),
         "other strides": ({"model": changed}, "does not compute what a resnet18 does"),
         "another activation": ({"model": clipped}, "model's layer3.1.relu is a ReLU6, allowed is ReLU"),
         "another head": ({"model": head}, "its fc a Sequential, allowed are Conv2d and Linear"),
+        "a network without values": ({"model": empty}, "model's conv1.weight is on the meta device"),
         "NaN in weights": ({"model": broken}, "NaN"),
         "NaN in a bias": ({"model": biased}, "outputs on these images hold NaN"),
         "no tensor": ({"calibration_images": [1]}, "calibration_images is a list"),

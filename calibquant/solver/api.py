@@ -84,6 +84,7 @@ def quantize(
     with torch.inference_mode(False), torch.enable_grad(), _float32_by_default():
         images = _checked_images(calibration_images)
         checked = _checked_config(config, model, images)
+        _require_values(model)
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             network = _quantized(model, images, checked)
     metadata = {
@@ -176,9 +177,8 @@ def _saved_content(model: nn.Module) -> dict[str, Any]:
         raise UserError(
             f"the model is a {type(model).__name__}, allowed is what calibquant.quantize returns"
         )
+    _require_values(model.network)
     for name, value in model.network.state_dict().items():
-        if value.is_meta:
-            raise UserError(f"the model's {name} is on the meta device, which holds no values")
         if value.is_floating_point() and value.dtype != torch.float32:
             kind = str(value.dtype).removeprefix("torch.")
             raise UserError(f"the model's {name} is {kind}, allowed is float32; save or export it first")
@@ -206,6 +206,12 @@ def _saved_content(model: nn.Module) -> dict[str, Any]:
     if off:
         raise UserError(f"the model's {off[0]} is switched off, allowed is a model that quantizes")
     return content
+
+
+def _require_values(model: nn.Module) -> None:
+    for name, value in model.state_dict().items():
+        if value.is_meta:
+            raise UserError(f"the model's {name} is on the meta device, which holds no values")
 
 
 def _checked_path(path: StrPath) -> Path:
