@@ -157,6 +157,9 @@ def mistakes():
     head.fc = nn.Sequential(nn.Dropout(), nn.Linear(512, 4))
     clipped = torchvision.models.resnet18(num_classes=4)
     clipped.layer3[1].relu = nn.ReLU6()  # which these images do not tell from ReLU
+    named, features = (torchvision.models.resnet18(num_classes=4) for _ in range(2))
+    named.register_forward_hook(lambda module, given, logits: {"logits": logits})
+    features.fc.register_forward_hook(lambda module, given, logits: given[0])
     broken = build_model("resnet18", SMALL)
     broken.fc.weight.data[0, 0] = torch.nan
     biased = build_model("resnet18", SMALL)
@@ -167,6 +170,8 @@ def mistakes():
         "a linear layer": ({"model": nn.Linear(2, 2)}, "the model is a Linear, allowed are"),
         "other depths": ({"model": shallow}, "depths=(1, 1, 1, 1)"),
         "other strides": ({"model": changed}, "does not compute what a resnet18 does"),
+        "outputs with names": ({"model": named}, "does not compute what a resnet18 does"),
+        "features for outputs": ({"model": features}, "does not compute what a resnet18 does"),
         "another activation": ({"model": clipped}, "model's layer3.1.relu is a ReLU6, allowed is ReLU"),
         "another head": ({"model": head}, "its fc a Sequential, allowed are Conv2d and Linear"),
         "a network without values": ({"model": empty}, "model's conv1.weight is on the meta device"),
