@@ -99,6 +99,16 @@ def test_curves_tell_of_a_regulariser_only_where_there_is_one(tmp_path: Path) ->
         assert ("var(--shade)" in plots.loss_panel(run.units[0], run)) == tells
 
 
+def test_the_curve_of_units_that_learned_on_has_their_own_steps(tmp_path: Path) -> None:
+    flat = [{"step": s, "reconstruction": 2 - s / 400, "rounding": 0.0} for s in range(0, 400, 20)]
+    config = {"quant": {**SOFT["quant"], "distil": {"iters": 400}}}
+    both = metrics([unit("a"), unit("up_to_a", trace=flat, distilled=True)], config=config)
+    run = read_run(write_run(tmp_path, both))
+    alone, together = (plots.loss_panel(each, run) for each in run.units)
+    assert ">80<" in alone and ">400<" in together
+    assert "var(--shade)" in alone and "var(--shade)" not in together
+
+
 def test_a_killed_runs_ranges_are_shown_as_calibrated(tmp_path: Path) -> None:
     extra = {"images": 8, "activations": [activation("stem", learned=None)]}
     run = read_run(write_run(tmp_path, metrics([unit("stem")]), extra))

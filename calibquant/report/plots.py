@@ -175,7 +175,8 @@ def loss_panel(unit: UnitRow, run: Run) -> str:
     if not points:
         return ""
     steps, losses, penalties = zip(*points, strict=True)
-    last = run.iters if math.isfinite(run.iters) and run.iters > 1 else max(steps) + 1
+    count = run.distil_iters if unit.distilled else run.iters
+    last = count if math.isfinite(count) and count > 1 else max(steps) + 1
     with canvas(*PANEL, 50, 20, 44, 6) as (axes, svg):
         right = axes.twinx()
         right.patch.set_visible(False)
@@ -185,7 +186,7 @@ def loss_panel(unit: UnitRow, run: Run) -> str:
         axes.plot(steps, losses, color=CODES["after"], lw=1.6, marker="o" if len(steps) == 1 else "")
         axes.set_ylim(*around(losses))
         axes.set_xlim(0, last)
-        if run.soft and math.isfinite(run.warm_up) and 0 < run.warm_up <= 1:
+        if run.soft and not unit.distilled and math.isfinite(run.warm_up) and 0 < run.warm_up <= 1:
             axes.axvspan(0, run.warm_up * last, color=CODES["shade"], lw=0, zorder=0)
         for side, colour in ((axes, "after"), (right, "before")):
             side.yaxis.set_major_locator(MaxNLocator(4, steps=ROUND))

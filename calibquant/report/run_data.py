@@ -102,6 +102,7 @@ class Run:
     compensated: bool
     soft: bool
     iters: float
+    distil_iters: float
     warm_up: float
     b_range: list[float]
     histogram_images: float
@@ -143,6 +144,7 @@ def read_run(folder: Path) -> Run:
         compensated=recon.get("compensate") is True,
         soft=recon.get("round_mode", "learned_hard_sigmoid") == "learned_hard_sigmoid",
         iters=number(recon.get("iters")),
+        distil_iters=number(mapping(config, "quant", "distil").get("iters")),
         warm_up=number(recon.get("warm_up")),
         b_range=numbers(recon.get("b_range"), 2),
         histogram_images=number(extra.get("images")),
