@@ -36,7 +36,7 @@ from calibquant.solver.augment import Rows
 from calibquant.solver.caches import Activations, UnitData, live_names, run_batched
 from calibquant.solver.config import load_config
 from calibquant.solver.fast import FastEngine
-from calibquant.solver.files import write_json
+from calibquant.solver.files import require_no_folder, require_writable, write_json
 from calibquant.solver.imagenet_util import load_calibration
 from calibquant.solver.learn import (
     Engine,
@@ -69,6 +69,9 @@ WARM_UP = 2
 def main() -> None:
     args = arguments()
     require_counts(args)
+    if args.out:
+        require_no_folder("--out", args.out)
+        require_writable(args.out.parent)
     config = load_config(args.config)
     device = choose_device(args.device)
     config.quant.calibrate = args.images
@@ -95,7 +98,7 @@ def main() -> None:
     if args.out:
         command = " ".join(["python", *sys.argv])
         about = {"command": command, "machine": machine(device), "versions": versions()}
-        write_json(Path(args.out), about | result)
+        write_json(args.out, about | result)
 
 
 def require_counts(args: argparse.Namespace) -> None:
@@ -298,7 +301,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3, help="steps of each round that count")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", help="JSON file for the result")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
     return parser.parse_args()
 
 

@@ -18,10 +18,12 @@ from tests.small import calibrated_model, small_config
         (["--steps", "0"], "--steps is 0, allowed is an integer of at least 1"),
         (["--rounds", "0"], "--rounds is 0, allowed is an integer of at least 1"),
         (["--batch", "0"], "--batch is 0, allowed is an integer of at least 1"),
+        (["--out", "/"], "--out /: is a folder, allowed is the name of a file"),
+        (["--out", "/dev/null/x.json"], "/dev/null: cannot be written: Not a directory"),
         (["--images", "8"], "--images is 8, allowed is an integer of at least 32, the images of a batch"),
     ],
 )
-def test_numbers_that_nothing_can_be_measured_with_are_one_line(monkeypatch, capsys, options, words):
+def test_options_that_cannot_be_used_are_one_line_at_once(monkeypatch, capsys, options, words):
     monkeypatch.setattr(sys, "argv", ["speed.py", "--config", "config.yaml", *options])
     with pytest.raises(SystemExit) as stopped:
         run_script(speed.main)
