@@ -255,6 +255,21 @@ def test_a_file_that_was_not_scored_again_or_is_gone_is_named(runs: Path) -> Non
         print_table(runs)
 
 
+@pytest.mark.parametrize("what", [None, 5, "x\0", [], {"top1": "99"}, {"model": [1]}])
+@pytest.mark.parametrize("key", ["float", "quantized", "checkpoint", "config"])
+def test_a_file_edited_by_hand_is_a_claim_that_does_not_hold_or_one_line(
+    runs: Path, key: str, what: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = runs / "train_log" / config_name(load_config(YAMLS[0])) / LATE / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: what}))
+    if key in ("checkpoint", "config"):
+        with pytest.raises(UserError):
+            print_table(runs)
+    else:
+        assert not print_table(runs)
+        assert "is nan, expected" in capsys.readouterr().err
+
+
 def test_without_runs_the_way_to_make_one_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run; `make quickstart`"):
         print_table(tmp_path)

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from calibquant.errors import UserError
 from calibquant.model.load import build_model
 from calibquant.paths import is_dir
-from calibquant.report.run_data import read_mapping
+from calibquant.report.run_data import mapping, number, read_mapping
 from calibquant.solver.config import config_name, load_config
 from calibquant.solver.files import write_atomically
 from calibquant.solver.imagenet_util import (
@@ -229,7 +229,7 @@ def newest_run(root: Path, log: str, config: EasyDict, file: str | None = None) 
     folder = root / log / config_name(config)
     for path in sorted(folder.glob("*/metrics.json"), reverse=True):  # a run's name starts with its time
         metrics = read_mapping(path)
-        if file is not None and Path(metrics.get("checkpoint", "")).name != file:
+        if file is not None and Path(str(metrics.get("checkpoint", ""))).name != file:
             continue
         missing = [key for key in RESULTS[log] if key not in metrics]
         if missing:
@@ -248,25 +248,31 @@ def read_row(root: Path, name: str) -> Row:
     """
     config = load_config(CONFIGS / f"{name}.yaml")
     run = newest_run(root, "train_log", config)
-    file = Path(run["checkpoint"])
+    file = Path(str(run["checkpoint"]))  # whatever an edited file holds
     again = newest_run(root, "test_log", config, file.name)
     return Row(
         bits=name.upper(),
-        float_top1=run["float"]["top1"],
-        range_only=run["range_only"]["top1"],
-        reconstructed=run["quantized"]["top1"],
-        from_file=again["quantized"]["top1"],
+        float_top1=top1(run, "float"),
+        range_only=top1(run, "range_only"),
+        reconstructed=top1(run, "quantized"),
+        from_file=top1(again, "quantized"),
         file_kb=kilobytes(root / file),
-        float_kb=kilobytes(root / run["config"]["model"]["path"]),
+        float_kb=kilobytes(root / str(mapping(run, "config", "model").get("path"))),
     )
+
+
+def top1(metrics: dict[str, Any], key: str) -> float:
+    """An accuracy of a run in percent, NaN where there is no number."""
+    return number(mapping(metrics, key).get("top1"))
 
 
 def kilobytes(path: Path) -> float:
     """Size of a file in kB."""
     try:
         return path.stat().st_size / 1000
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: of a name that no file has
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UserError(f"{path}: {reason or error}") from error
 
 
 def print_table(root: Path) -> bool:
