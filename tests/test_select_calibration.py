@@ -210,6 +210,11 @@ def with_a_file(path: Path) -> None:
         (lambda t: (t / "n99999999").mkdir(), {}, "n99999999 is none of ImageNet's 1,000 wnids"),
         (lambda t: (t / WNIDS[0] / "0.JPEG").unlink(), {}, f"{WNIDS[0]} holds no image"),
         (lambda t: with_a_file(t / imagenet_wnids()[9] / "a.txt"), {}, "holds no image"),
+        (
+            lambda t: (t / WNIDS[0]).rename(t / "manifest.json"),
+            {"classes": "folders"},
+            "/train: class folder manifest.json, allowed is another name",
+        ),
         (lambda t: (t.parent / "sel_5_4classes").mkdir(), {}, "sel_5_4classes: exists already"),
         (lambda t: (t.parent / "sel_5_4classes").symlink_to("nowhere"), {}, "exists already"),
         (lambda t: None, {"out": "train/sel"}, "allowed is a folder outside of the train folder"),

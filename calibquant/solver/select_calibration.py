@@ -41,6 +41,8 @@ OF_A_POOL = "candidates", "device"
 """Options of strategies that run the float network."""
 OF_RANKING = "by", "reference", "json"
 """Options that say how sets are ranked."""
+MANIFEST = "manifest.json"
+"""In a set's folder, beside the class folders."""
 
 
 def main() -> None:
@@ -179,6 +181,8 @@ def _check_size(train: Path, candidates: Candidates, num: int, seed: int, cover:
         raise UserError(f"--num is {num}, allowed is an integer of at least 1")
     if num > total:
         raise UserError(f"--num is {num}, allowed is at most {total}, the images of {train}")
+    if MANIFEST in candidates:
+        raise UserError(f"train folder {train}: class folder {MANIFEST}, allowed is another name")
     if seed < 0:
         raise UserError(f"--seed is {seed}, allowed is an integer of at least 0")
 
@@ -211,7 +215,7 @@ def write_set(folder: Path, train: Path, manifest: dict[str, object], copy: bool
                 shutil.copyfile(source, place)
             else:
                 place.symlink_to(os.path.relpath(source, place.parent))
-        write_json(building / "manifest.json", manifest)
+        write_json(building / MANIFEST, manifest)
         building.rename(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
