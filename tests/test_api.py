@@ -124,8 +124,9 @@ def by_default(dtype):
         partial(torch.autocast, "cpu", torch.bfloat16),
         partial(by_default, torch.float64),
         partial(by_default, torch.bfloat16),
+        partial(torch.device, "meta"),
     ],
-    ids=["no_grad", "inference_mode", "autocast", "float64", "bfloat16"],
+    ids=["no_grad", "inference_mode", "autocast", "float64", "bfloat16", "another device"],
 )
 def test_the_result_is_the_same_each_time_and_in_whatever_scope(small, scope):
     (model, quantized), given = small, images(side=16)

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def quantize(
         UserError: the config, the model or the images cannot be used; one line says why.
     """
     # learning needs gradients, wherever called
-    with torch.inference_mode(False), torch.enable_grad(), _float32_by_default():
+    with torch.inference_mode(False), torch.enable_grad(), _torchs_own_defaults():
         images = _checked_images(calibration_images)
         checked = _checked_config(config, model, images)
         _require_values(model)
@@ -96,14 +96,15 @@ def quantize(
 
 
 @contextmanager
-def _float32_by_default() -> Iterator[None]:
-    """Float32 as torch's default type, as in the scripts; afterwards the caller's own."""
-    own = torch.get_default_dtype()
+def _torchs_own_defaults() -> Iterator[None]:
+    """Tensors are float32 and on the CPU where nothing else is said, as in the scripts; then as before."""
+    dtype, elsewhere = torch.get_default_dtype(), torch.get_default_device().type != "cpu"
     torch.set_default_dtype(torch.float32)
     try:
-        yield
+        with torch.device("cpu") if elsewhere else nullcontext():
+            yield
     finally:
-        torch.set_default_dtype(own)
+        torch.set_default_dtype(dtype)
 
 
 def _quantized(model: nn.Module, images: Tensor, config: EasyDict) -> QuantResNet:
