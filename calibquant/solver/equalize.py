@@ -30,6 +30,8 @@ BELOW = 0.001
 """Share of a channel's values that may lie below what counts as its floor."""
 IMAGES = 256
 """Images that are looked at: a step size for each channel needs no more."""
+HIGHEST_LR = 1e30
+"""Far beyond any use; torch refuses rates that, divided by Adam's corrections, leave float32."""
 SCOPES = ("network", "stem")
 """Whose activations are scaled: all, or those that the stem writes."""
 
@@ -273,12 +275,13 @@ def learn_steps(
     learned = [steps.clone() for steps in start]
     parameters = [parameter for steps in learned for parameter in steps.parameters]
     order = batch_order(len(task.target), task.batch_size, settings.iters, generator)
-    optimizer = torch.optim.Adam(parameters, settings.lr)
+    highest = min(settings.lr, HIGHEST_LR)
+    optimizer = torch.optim.Adam(parameters, highest)
     with learning(parameters):
         for number in numbers:
             optimizer.zero_grad()
             task.loss(order[number], learned).backward()
-            optimizer.param_groups[0]["lr"] = settings.lr * cosine(number, settings.iters)
+            optimizer.param_groups[0]["lr"] = highest * cosine(number, settings.iters)
             optimizer.step()
     return learned
 
