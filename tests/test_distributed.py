@@ -4,10 +4,12 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import weakref
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ import torch.multiprocessing as mp
 import yaml
 
 from calibquant.errors import UserError
-from calibquant.solver import imagenet_util, main_imagenet, recon
+from calibquant.solver import distributed, imagenet_util, main_imagenet, recon
 from calibquant.solver.checkpoint import load_checkpoint
 from calibquant.solver.config import load_config
 from calibquant.solver.distributed import PeerLostError, Team, talking
@@ -441,6 +443,24 @@ def test_without_torchrun_one_line_says_how_to_start(monkeypatch, capsys):
         run_script(main)
     assert stopped.value.code == 2
     assert "torchrun --nproc_per_node" in only(errors(capsys.readouterr().err))
+
+
+def test_a_process_whose_torchrun_was_killed_while_it_started_does_not_look_for_it_for_a_day(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # where nobody listens any more
+    values = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for each in ("_end_with_parent", "end_though_waiting"):  # not of the process that tests
+        monkeypatch.setattr(distributed, each, lambda *_: None)
+    assert distributed.JOINING <= timedelta(minutes=5) < distributed.TIMEOUT
+    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=1))
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=30))
+    began = time.monotonic()
+    with pytest.raises(PeerLostError, match="cannot be reached"), distributed.team():
+        pass
+    assert time.monotonic() - began < 25
 
 
 WAITING = """

@@ -43,6 +43,8 @@ TIMEOUT = timedelta(days=1)
 """The longest that a process waits for another: the first one finds ranges on all images meanwhile.
 
 One that ends is noticed at once, by its closed connections."""
+JOINING = timedelta(minutes=5)
+"""The longest that a process looks for torchrun, which was there first but may have been killed since."""
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells its processes."""
 UNHEARD = 20.0
@@ -228,7 +230,8 @@ def team() -> Iterator[Team]:
     _end_with_parent()
     end_though_waiting(UNHEARD)
     with talking():
-        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        store, rank, size = next(rendezvous("env://", timeout=JOINING))
+        store.set_timeout(TIMEOUT)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     joined = Team(store, rank, size)
