@@ -311,3 +311,16 @@ def test_what_a_terminal_cannot_show_is_no_traceback():
 def test_whatever_memory_lacks_is_one_line_that_says_what_to_lower(words: str) -> None:
     line = for_user(RuntimeError(words))
     assert line is not None and line.startswith("out of memory") and "lower data.batch_size" in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        RuntimeError("Too many open files. Communication with the workers is no longer possible. Please"),
+    ],
+)
+def test_too_many_open_files_are_one_line_that_says_what_to_lower(error: Exception) -> None:
+    """Each data-loading process takes some: 128 of them more than the usual limit of 1,024."""
+    line = for_user(error)
+    assert line is not None and line.startswith("too many files are open") and "num_workers" in line

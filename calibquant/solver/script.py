@@ -81,6 +81,10 @@ def for_user(error: Exception) -> str | None:
     words = one_line(error)
     if isinstance(error, UserError):
         return words
+    few_files = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+    if few_files or (isinstance(error, RuntimeError) and str(error).startswith("Too many open files")):
+        # torch says the latter of what data-loading processes hand over
+        return f"too many files are open ({words[:300]}); lower data.num_workers, or raise ulimit -n"
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             return f"an output cannot be written: {words}"
