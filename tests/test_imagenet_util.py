@@ -1,8 +1,11 @@
 """Images get the right class and torchvision's pixels, none is lost unnamed, accuracy is counted right."""
 
 import contextlib
+import errno
+import gc
 import io
 import logging
+import multiprocessing
 import os
 import resource
 import shutil
@@ -17,7 +20,7 @@ import torch
 from easydict import EasyDict
 from PIL import Image, ImageEnhance
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, dataloader
 from torchvision.models import ResNet101_Weights
 
 from calibquant.errors import UserError
@@ -182,6 +185,30 @@ def test_a_signal_while_processes_start_ends_the_run_once_they_have(
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+@pytest.mark.filterwarnings("error")  # as pytest calls what Python prints of half-made objects
+@pytest.mark.parametrize("started", [0, 1])
+def test_processes_that_cannot_be_started_are_one_line(
+    root: Path, monkeypatch: pytest.MonkeyPatch, started: int
+) -> None:
+    """A batch system may allow too few processes, or too little memory to fork."""
+    iterator, fork, forks = dataloader._MultiProcessingDataLoaderIter, os.fork, []
+
+    def refuse() -> int:
+        forks.append(None)
+        if len(forks) > started:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return fork()
+
+    monkeypatch.setattr(iterator, "__del__", iterator.__del__)
+    monkeypatch.setattr(os, "fork", refuse)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with pytest.raises(UserError, match=r"started \(Resource temporarily unavailable\).*data\.num_workers"):
+        iter(validation_loader(make_config(root, num_workers=2)))
+    gc.collect()
+    for child in multiprocessing.active_children():
+        child.terminate()
 
 
 def test_classes_by_folders_or_by_a_list(root: Path, tmp_path: Path) -> None:

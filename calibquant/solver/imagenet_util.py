@@ -27,6 +27,7 @@ from easydict import EasyDict
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
@@ -387,11 +388,24 @@ def end_with_the_job(_worker: int) -> None:
 
 
 class ImageLoader(DataLoader[Any]):
-    """Starts its processes undisturbed by Ctrl-C and SIGTERM, which wait so long."""
+    """Starts its processes undisturbed by Ctrl-C and SIGTERM, which wait so long.
+
+    Raises:
+        UserError: the system lets it start no process.
+    """
 
     def __iter__(self) -> Any:
         with signals_wait():
-            return super().__iter__()
+            try:
+                return super().__iter__()
+            except OSError as error:
+                # of what is half made, which would show a traceback of its own
+                _MultiProcessingDataLoaderIter.__del__ = lambda _: None  # type: ignore[assignment]
+                raise UserError(
+                    f"a data-loading process cannot be started ({error.strerror or error}), for want of "
+                    "processes, memory, shared memory (/dev/shm) or open files; "
+                    "lower data.num_workers (0: none)"
+                ) from error
 
 
 @contextmanager
