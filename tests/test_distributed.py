@@ -445,6 +445,25 @@ def test_without_torchrun_one_line_says_how_to_start(monkeypatch, capsys):
     assert "torchrun --nproc_per_node" in only(errors(capsys.readouterr().err))
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="cannot tell how far another process is")
+def test_processes_that_still_import_torch_end_with_torchrun(tmp_path):
+    job = torchrun(tmp_path / "nowhere.yaml")
+    deadline = time.monotonic() + 120
+    try:
+        while len(processes := processes_of(job)) < 2:
+            time.sleep(0.01)
+        maps = [Path(f"/proc/{process}/maps") for process in processes]
+        while not all("libtorch" in each.read_text() for each in maps):
+            time.sleep(0.01)
+    finally:
+        job.kill()
+    while any(alive(process) for process in processes):
+        assert time.monotonic() < deadline, "its processes go on without it"
+        time.sleep(0.01)
+    _, err = job.communicate()
+    assert "Traceback" not in err and not errors(err)
+
+
 def test_a_process_whose_torchrun_was_killed_while_it_started_does_not_look_for_it_for_a_day(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]  # where nobody listens any more
@@ -452,7 +471,7 @@ def test_a_process_whose_torchrun_was_killed_while_it_started_does_not_look_for_
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    for each in ("_end_with_parent", "end_though_waiting"):  # not of the process that tests
+    for each in ("end_with_parent", "end_though_waiting"):  # not of the process that tests
         monkeypatch.setattr(distributed, each, lambda *_: None)
     assert distributed.JOINING <= timedelta(minutes=5) < distributed.TIMEOUT
     monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=1))

@@ -4,7 +4,6 @@ Gradients are averaged between the backward pass and the optimizer's step, so pa
 processes. The first process alone writes and speaks. Tensors on GPUs travel by NCCL, all else by gloo.
 """
 
-import ctypes
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 from calibquant.errors import UserError, printable
 from calibquant.model.quant_layer import harden
 from calibquant.model.quant_resnet import Unit
+from calibquant.parent import end_with_parent
 from calibquant.solver.checkpoint import checksum
 from calibquant.solver.imagenet_util import Score
 from calibquant.solver.peers import Peers
@@ -227,7 +227,7 @@ def team() -> Iterator[Team]:
         if name != "MASTER_ADDR" and not os.environ[name].isdecimal():
             value = printable(os.environ[name], 80)
             raise UserError(f"the environment variable {name} is {value}, allowed is an integer")
-    _end_with_parent()
+    end_with_parent()
     end_though_waiting(UNHEARD)
     with talking():
         store, rank, size = next(rendezvous("env://", timeout=JOINING))
@@ -248,13 +248,6 @@ def team() -> Iterator[Team]:
         if words is None:
             raise
         joined.end(UserError(words))
-
-
-def _end_with_parent() -> None:
-    """On Linux, end as on Ctrl-C when torchrun is killed, instead of going on without it."""
-    set_parent_death_signal = 1  # prctl(2)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def end_though_waiting(seconds: float) -> None:

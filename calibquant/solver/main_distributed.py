@@ -10,6 +10,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the package is two folders up
     sys.path[0] = str(Path(__file__).resolve().parents[2])
     import calibquant.quiet_start  # noqa: F401
+    from calibquant.parent import end_with_parent
+
+    if "RANK" in os.environ:
+        end_with_parent()  # already while torch is imported
 
 from easydict import EasyDict
 
