@@ -54,15 +54,23 @@ def test_what_is_set_and_changes_nothing_is_named(caplog, changes, words):
     assert len(said) == len(words) and all(word in text for word, text in zip(words, said, strict=True))
 
 
-@pytest.mark.parametrize("where", ["weight", "images"])
-def test_numbers_that_are_none_are_refused_where_they_arise(where):
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [
+        ("weight", "classifier.fc"),
+        ("bias", "blocks.2.branch.conv1"),
+        ("images", "stem.output_quantizer"),
+    ],
+)
+def test_numbers_that_are_none_are_refused_where_they_arise(where, named):
     config = small_config()
     quantized = quantize_model(random_float_model(config), config)
     images = IMAGES.clone()
     if where == "weight":
         quantized.classifier.fc.weight[3, 3] = torch.inf
+    elif where == "bias":
+        quantized.blocks[2].branch.conv1.bias[0] = -torch.inf  # the ReLU behind it makes this zero
     else:
         images[4, 0, 0, 0] = torch.nan
-    named = "classifier.fc" if where == "weight" else "stem.output_quantizer"
     with pytest.raises(UserError, match=rf"calibration: {named}: .* holds NaN or infinity"):
         calibrate(quantized, images, config)

@@ -78,10 +78,12 @@ class QuantLayer(nn.Module, ABC):
         """The weight's quantizer, and what that one's range follows from.
 
         Raises:
-            ValueError: the weight is hardened, or holds NaN or infinity.
+            ValueError: the weight is hardened, or it or the bias holds NaN or infinity.
         """
         if isinstance(self.weight_quantizer, IntegerWeight):
             raise ValueError("the weight is integer already; its range is settled")
+        if not bool(torch.isfinite(self.bias).all()):  # which a ReLU may hide
+            raise ValueError("the bias holds NaN or infinity")
         observer = self.weight_quantizer.make_observer()
         return self.weight_quantizer, observer, observer.whole(self.weight)
 
@@ -169,7 +171,7 @@ def calibrate_weights(module: nn.Module) -> None:
     """Set the range of every weight quantizer from its weight.
 
     Raises:
-        ValueError: a weight is hardened, or holds NaN or infinity; the message names its layer.
+        ValueError: as :meth:`QuantLayer.weight_to_observe`; the message names the layer.
     """
     found: dict[str, FakeQuantize] = {}
 
