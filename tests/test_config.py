@@ -345,7 +345,7 @@ def test_values_that_do_not_go_together_or_no_sections(raw: Any, message: str) -
 
 
 def test_a_huge_number_is_one_line(tmp_path: Path) -> None:
-    text = f"model: {{type: resnet18}}\nquant: {{recon: {{weight: 0x{'f' * 5000}}}}}\n"
+    text = f"model: {{type: resnet18}}\nquant: {{recon: {{weight: {'9' * 4000}}}}}\n"
     with pytest.raises(UserError, match=r"quant\.recon\.weight is "):
         load_text(tmp_path, text)
 
@@ -364,6 +364,13 @@ def test_a_huge_number_is_one_line(tmp_path: Path) -> None:
 )
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match="stands twice"):
+        load_text(tmp_path, text)
+
+
+@pytest.mark.parametrize("number", ["010", "-1_0:30", "1:30", "0x10", "0b1", "1:30.5", "0x" + "f" * 5000])
+def test_a_number_that_yaml_reads_otherwise_than_it_looks_is_refused(tmp_path: Path, number: str) -> None:
+    text = f"model: {{type: resnet18}}\nprocess: {{seed: {number}}}\n"
+    with pytest.raises(UserError, match=rf"{number[:40]}: allowed are numbers written in decimal"):
         load_text(tmp_path, text)
 
 

@@ -441,10 +441,11 @@ _MAX_BYTES = 65_536
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error instead of a silent choice.
+    """YAML in which what it would read otherwise than it looks is an error instead of a silent choice.
 
-    Aliases and merges are bounded: a few nested ones would otherwise stand for billions of nodes. So is
-    the depth, in which the reader's time is quadratic.
+    That is a key that stands twice, and a number that is not written in decimal. Aliases and merges are
+    bounded: a few nested ones would otherwise stand for billions of nodes. So is the depth, in which the
+    reader's time is quadratic.
     """
 
     MAX_ALIASES, MAX_MERGED, MAX_DEPTH = 100, 1000, 30
@@ -482,7 +483,18 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
     return loader.construct_mapping(node, deep=True)
 
 
+def _decimal_number(loader: _StrictLoader, node: yaml.ScalarNode) -> float | int:
+    kind, text = node.tag.rpartition(":")[2], node.value
+    if ":" in text or (kind == "int" and re.match(r"[-+]?0[0-9_bx]", text)):  # 010 would be 8, 1:30 be 90
+        words = f"{text[:40]}: allowed are numbers written in decimal"
+        raise yaml.constructor.ConstructorError(None, None, words, node.start_mark)
+    number: float | int = getattr(loader, f"construct_yaml_{kind}")(node)
+    return number
+
+
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+for _kind in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _decimal_number)
 
 
 def load_config(path: str | Path) -> EasyDict:
