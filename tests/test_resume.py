@@ -155,7 +155,7 @@ def test_a_damaged_state_is_refused_in_one_line(tmp_path):
         assert broken != content
         path.write_bytes(broken)
         model = calibrated_model(config, IMAGES)
-        with pytest.raises(UserError, match="state of an unfinished run"):
+        with pytest.raises(UserError, match=r"state of an unfinished run .*; remove that file, .*--fresh$"):
             list(reconstruct(model, IMAGES, recon_settings(config), 7, memory=RunState(tmp_path)))
 
 
@@ -194,7 +194,9 @@ def test_scores_outlive_an_interrupt_and_hinder_no_other_run(tmp_path):
 def test_a_damaged_score_is_refused_in_one_line(tmp_path, damaged):
     with run_state("a.yaml", False, tmp_path) as state:
         (state.folder / "score_float.json").write_text(damaged)
-        with pytest.raises(UserError, match=r"score_float\.json: damaged.*; start anew with --fresh"):
+        with pytest.raises(
+            UserError, match=r"score_float\.json: damaged.*; remove that file, .* anew with --fresh"
+        ):
             state.score("float")
 
 
@@ -255,7 +257,9 @@ def test_damaged_ranges_are_refused_in_one_line(tmp_path, damage):
     state.calibrated(calibrated_model(config, IMAGES), lambda: None)
     path = tmp_path / "calibrated.pth"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=r"state of an unfinished run .*calibrated\.pth"):
+    with pytest.raises(
+        UserError, match=r"state of an unfinished run .*calibrated\.pth.*; remove that file"
+    ):
         state.calibrated(calibrated_model(config, IMAGES), lambda: None)
     path.unlink()
     torch.save({}, path)

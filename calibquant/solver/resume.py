@@ -51,6 +51,8 @@ LOGS = "log.json"
 """Says where the run logs, or logged when it was killed."""
 SAVED = "saved.json"
 """Says where the network was saved, once it is."""
+WAYS_ON = "remove that file, for what it holds to be done again, or start anew with --fresh"
+"""From a damaged file."""
 LONGEST_NAME = 100
 """Of a unit, in the name of its state's file."""
 HARMLESS = ("data.num_workers", "data.pin_memory", "model.path", "data.path", "data.calibration")
@@ -302,7 +304,10 @@ def _reading(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: it is damaged.
     """
-    content = safe_load(path, "state of an unfinished run")
+    try:
+        content = safe_load(path, "state of an unfinished run")
+    except UserError as error:
+        raise UserError(f"{error}; {WAYS_ON}") from error
     try:
         if checksum(content) != content["checksum"]:
             raise ValueError("its checksum does not match")
@@ -322,7 +327,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, reason: object) -> UserError:
-    return UserError(f"state of an unfinished run {path}: damaged ({reason}); start anew with --fresh")
+    return UserError(f"state of an unfinished run {path}: damaged ({reason}); {WAYS_ON}")
 
 
 def _difference(key: str, before: str | None, now: str | None) -> str:
