@@ -168,7 +168,7 @@ def mistakes():
     shallow = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
     empty = build_model("resnet18", SMALL).to("meta")
     return {
-        "a linear layer": ({"model": nn.Linear(2, 2)}, "the model is a Linear, allowed are"),
+        "a linear layer": ({"model": nn.Linear(2, 2)}, "the model is torch's Linear, allowed are"),
         "other depths": ({"model": shallow}, "depths=(1, 1, 1, 1)"),
         "other strides": ({"model": changed}, "does not compute what a resnet18 does"),
         "outputs with names": ({"model": named}, "does not compute what a resnet18 does"),

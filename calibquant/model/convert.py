@@ -30,9 +30,8 @@ def describe_network(model: nn.Module) -> tuple[str, dict[str, Any]]:
     elif isinstance(model, TorchvisionResNet):
         architecture, stride_in_1x1 = _torchvision_architecture(model), False
     else:
-        raise UserError(
-            f"the model is a {type(model).__name__}, allowed are calibquant's and torchvision's ResNet"
-        )
+        kind = f"{type(model).__module__.partition('.')[0]}'s {type(model).__name__}"
+        raise UserError(f"the model is {kind}, allowed are calibquant's and torchvision's ResNet")
     names = [name for name, known in ARCHITECTURES.items() if known == architecture]
     if not names:
         raise UserError(
