@@ -92,7 +92,7 @@ def float_copy(model: nn.Module, images: Tensor) -> ResNet:
     alike = isinstance(expected, Tensor) and expected.shape == found.shape
     if alike and not bool(expected.isfinite().all()):
         raise UserError("the model's outputs on these images hold NaN or infinity")
-    if not alike or not float((found - expected).abs().max()) <= TOLERANCE * float(expected.abs().max()):
+    if not (alike and float((found - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())):
         raise UserError(
             f"the model does not compute what a {kind} does with its weights: it was changed in a way that "
             "cannot be taken over (strides, dilation, activations or forward)"

@@ -168,7 +168,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
             raise ValueError(f"longer than {MAX_BYTES} bytes, the most that is allowed")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or printable(str(error), 200)
+        reason = getattr(error, "strerror", None) or printable(str(error), 200)
         raise UserError(f"{path}: cannot be read: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no mapping, as a run's files do")

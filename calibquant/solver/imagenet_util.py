@@ -167,8 +167,7 @@ def subfolders(folder: Path, what: str) -> list[Path]:
     try:
         return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     except (OSError, ValueError) as error:  # ValueError: of a name that the locale cannot write
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise UserError(f"{what} {folder}: {reason or error}") from error
+        raise UserError(f"{what} {folder}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def is_image(path: Path) -> bool:

@@ -271,8 +271,7 @@ def kilobytes(path: Path) -> float:
     try:
         return path.stat().st_size / 1000
     except (OSError, ValueError) as error:  # ValueError: of a name that no file has
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise UserError(f"{path}: {reason or error}") from error
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def print_table(root: Path) -> bool:
