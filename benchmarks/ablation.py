@@ -19,6 +19,7 @@ if __package__ in (None, ""):  # run as a file: the repository is a folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import calibquant.quiet_start  # noqa: F401
 
+import torch
 from easydict import EasyDict
 
 from benchmarks.ablation_plan import (
@@ -51,6 +52,7 @@ from benchmarks.speed import machine
 from calibquant.errors import UserError
 from calibquant.solver.config import check_config, load_config, plain
 from calibquant.solver.files import require_no_folder, require_writable, write_json
+from calibquant.solver.pipeline import float_model
 from calibquant.solver.run_log import versions
 from calibquant.solver.script import choose_device, config_parser, run_script
 
@@ -65,10 +67,9 @@ def main() -> None:
     for folder in (args.work, *(path.parent for path in outputs.values())):
         require_writable(folder)
     device = choose_device(args.device)
-    others = unused(config.data, points) if args.unused else []
-    finished = run_all(points, Scorer(config, device, others), args.work)
+    finished = run_all(points, scorers(config, points, device, args.unused), args.work)
     comparisons, effects = compare(finished), set_effects(finished, scores)
-    of_val = compare(on_val(finished)) if others else []
+    of_val = compare(on_val(finished)) if args.unused else []
     if args.out:
         about = {
             "command": " ".join(["python", *sys.argv]),
@@ -80,7 +81,7 @@ def main() -> None:
         }
         write_json(args.out, about | as_json(finished, comparisons, of_val, effects, scores))
     if args.plot:
-        plot_sets(args.plot, effects, finished[0][1].float_top1)
+        plot_sets(args.plot, effects)
     print(markdown(finished, comparisons, of_val, effects))
 
 
@@ -117,10 +118,26 @@ def overrides(args: argparse.Namespace, config: EasyDict) -> Edits:
     return {**given, **resized(config.data, args.input_size)}
 
 
-def run_all(points: list[Point], scorer: Scorer, work: Path) -> list[tuple[Point, Result]]:
+def scorers(config: EasyDict, points: list[Point], device: torch.device, and_unused: bool) -> list[Scorer]:
+    """Each run's: runs share one, and with unused images those of the same set and seed do.
+
+    Raises:
+        UserError: see :func:`unused`.
+    """
+    model = float_model(config).to(device)
+    draws = [(point.set, point.seed) if and_unused else () for point in points]
+    shared = {}
+    for draw in dict.fromkeys(draws):
+        alike = [point for point, its in zip(points, draws, strict=True) if its == draw]
+        others = unused(config.data, alike) if and_unused else []
+        shared[draw] = Scorer(config, model, device, others)
+    return [shared[draw] for draw in draws]
+
+
+def run_all(points: list[Point], scorers: list[Scorer], work: Path) -> list[tuple[Point, Result]]:
     """Each run's result: from the folder, or else run now and kept there."""
     finished = []
-    for number, point in enumerate(points, start=1):
+    for number, (point, scorer) in enumerate(zip(points, scorers, strict=True), start=1):
         path = work / f"{point.key(scorer.identity)}.json"
         result, how = recall(path), "kept"
         if result is None:
@@ -134,7 +151,7 @@ def run_all(points: list[Point], scorer: Scorer, work: Path) -> list[tuple[Point
 def line(result: Result) -> str:
     """A run's result in a few words."""
     found: dict[str, Any] = means(result.reconstructed)
-    words = f"top-1 {found['top1']:.2f} % (float {result.float_top1:.2f} %), "
+    words = f"top-1 {found['top1']:.2f} % (float {result.float_top1.mean():.2f} %), "
     words += f"agreement {found['agreement']:.2f} %, KL {found['kl']:.4f}, "
     return words + f"{sum(result.seconds.values()):.0f} s"
 
@@ -162,7 +179,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--unused",
         action="store_true",
-        help="score the images of the train folder that no run calibrates with, too, and tell both",
+        help="score the images of the train folder that a set (or the draw of a seed) leaves,\n"
+        "too, and tell both",
     )
     parser.add_argument("--steps", type=int, help="quant.recon.iters of all runs")
     parser.add_argument("--images", type=int, help="quant.calibrate of all runs")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.ablation_plan import Point
-from benchmarks.ablation_runs import METRICS, Outcome, Result
+from benchmarks.ablation_runs import METRICS, STAGES, Outcome, Result
 from benchmarks.ablation_statistics import (
     Difference,
     own_spread,
@@ -49,7 +50,7 @@ class Comparison:
     """A variant's means over runs and images, and how far they are from the baseline's, of the same images.
 
     Attributes:
-        runs: over how many sets and seeds each image's value was averaged.
+        runs: of how many sets and seeds; each image's value is the mean over those that scored it.
         differences: by metric; empty for the baseline itself.
     """
 
@@ -63,9 +64,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class SetEffect:
-    """What the calibration set changes of a variant.
+    """What the calibration set changes of a variant, on the images that all of its runs scored.
 
     Attributes:
+        images: how many these are.
+        float_top1: of the float network on them, in percent.
         means: by set and metric, the mean over seeds and images; by seed, each of which draws other images,
             where there is but one set.
         spreads: by metric, the largest of these minus the smallest.
@@ -75,6 +78,8 @@ class SetEffect:
 
     bits: str
     variant: str
+    images: int
+    float_top1: float
     means: dict[str, dict[str, float]]
     spreads: dict[str, float]
     own_spreads: dict[str, Difference]
@@ -95,9 +100,16 @@ def means(outcome: Mapping[str, Any]) -> dict[str, float]:
     return {metric: float(outcome[metric].mean()) for metric in METRICS}
 
 
-def averaged(outcomes: Sequence[Outcome]) -> Outcome:
-    """Each image's mean over runs, by metric."""
-    return {metric: pooled([outcome[metric] for outcome in outcomes]) for metric in METRICS}
+def averaged(results: Sequence[Result], stage: str) -> Outcome:
+    """Each image's mean over the runs that scored it, by metric."""
+    images = [result.images for result in results]
+    outcomes: list[Outcome] = [getattr(result, stage) for result in results]
+    return {metric: pooled([outcome[metric] for outcome in outcomes], images) for metric in METRICS}
+
+
+def float_top1(results: Sequence[Result]) -> float:
+    """Of the float network, in percent, over all images that any run scored."""
+    return float(pooled([one.float_top1 for one in results], [one.images for one in results]).mean())
 
 
 def compare(finished: Finished) -> list[Comparison]:
@@ -105,8 +117,7 @@ def compare(finished: Finished) -> list[Comparison]:
     comparisons = []
     baselines: dict[str, dict[str, Any]] = {}
     for (bits, variant), runs in groups(finished).items():
-        values = averaged([result.reconstructed for _, result in runs])
-        before = averaged([result.range_only for _, result in runs])
+        before, values = (averaged([result for _, result in runs], stage) for stage in STAGES)
         first = baselines.setdefault(bits, values)
         differences = (
             {} if first is values else {m: paired_difference(values[m], first[m]) for m in METRICS}
@@ -120,13 +131,14 @@ def set_effects(finished: Finished, scores: Scores) -> list[SetEffect]:
     effects = []
     one_set = len({point.set for point, _ in finished}) == 1
     for (bits, variant), runs in groups(finished).items():
-        by_set: dict[str, list[Outcome]] = {}
+        shared = set.intersection(*(set(result.images) for _, result in runs))
+        by_set: dict[str, list[Result]] = {}
         for point, result in runs:
             name = f"seed {point.seed}" if one_set else point.set
-            by_set.setdefault(name, []).append(result.reconstructed)
+            by_set.setdefault(name, []).append(result.of(shared))
         if len(by_set) < 2:
             continue
-        values = {name: averaged(outcomes) for name, outcomes in by_set.items()}
+        values = {name: averaged(results, "reconstructed") for name, results in by_set.items()}
         found = {name: means(of_set) for name, of_set in values.items()}
         columns = {m: [of_set[m] for of_set in found.values()] for m in METRICS}
         known = [scores[name] for name in found] if scores and not one_set else [{}]
@@ -136,7 +148,8 @@ def set_effects(finished: Finished, scores: Scores) -> list[SetEffect]:
         }
         spreads = {metric: spread(column) for metric, column in columns.items()}
         own = {m: own_spread(np.stack([of_set[m] for of_set in values.values()])) for m in METRICS}
-        effects.append(SetEffect(bits, variant, found, spreads, own, correlations))
+        top1 = float_top1([result for results in by_set.values() for result in results])
+        effects.append(SetEffect(bits, variant, len(shared), top1, found, spreads, own, correlations))
     return effects
 
 
@@ -234,14 +247,15 @@ def sets_table(effects: Sequence[SetEffect]) -> str:
     if not effects:
         return ""
     scores = list(effects[0].correlations)
-    titles = ["bits", "variant", "sets", *(f"{title}, spread (sets' own)" for title in TITLES.values())]
+    titles = ["bits", "variant", "sets", "images"]
+    titles += [f"{title}, spread (sets' own)" for title in TITLES.values()]
     titles += [f"{score} ~ {title}" for score in scores for title in TITLES.values()]
     rows = []
     for one in effects:
         own = [_interval(one.own_spreads[m], DIGITS[m], sign="") for m in METRICS]
         seen = [f"{cell} ({of_sets})" for cell, of_sets in zip(_cells(one.spreads), own, strict=True)]
         ranks = [f"{one.correlations[score][m]:+.2f}" for score in scores for m in METRICS]
-        rows.append([one.bits, one.variant, str(len(one.means)), *seen, *ranks])
+        rows.append([one.bits, one.variant, str(len(one.means)), str(one.images), *seen, *ranks])
     return _table(titles, rows)
 
 
@@ -254,6 +268,8 @@ def run_summary(point: Point, result: Result) -> dict[str, Any]:
         "seed": point.seed,
         "calibration_images": len(point.images.paths),
         "sha256": point.sha256,
+        "scored_images": len(result.images),
+        "float_top1": float(result.float_top1.mean()),
         "range_only": means(result.range_only),
         "reconstructed": means(result.reconstructed),
         "reverted_units": result.reverted,
@@ -269,13 +285,15 @@ def as_json(
     scores: Scores,
 ) -> dict[str, Any]:
     """Runs and what they say together, without values of single images; see :func:`markdown`."""
-    first = finished[0][1]
+    results = [result for _, result in finished]
+    val = [result for _, result in on_val(finished)]
     found = [asdict(one) for one in of_val]
-    alone = {"on_val": {"float_top1": first.float_val_top1, "comparisons": found}} if found else {}
+    alone = {"on_val": {"float_top1": float_top1(val), "comparisons": found}} if found else {}
+    names = set(chain.from_iterable(result.images for result in results))
     return {
-        "val_images": first.val_images,
-        "other_images": len(first.reconstructed["kl"]) - first.val_images,
-        "float_top1": first.float_top1,
+        "val_images": val[0].val_images,
+        "other_images": len(names) - val[0].val_images,
+        "float_top1": float_top1(results),
         **alone,
         "runs": [run_summary(point, result) for point, result in finished],
         "baseline": finished[0][0].variant,
@@ -295,7 +313,7 @@ def require_format(path: Path) -> None:
         raise UserError(f"--plot {path}: allowed are names that end in .{' or .'.join(PICTURES)}")
 
 
-def plot_sets(path: Path, effects: Sequence[SetEffect], float_top1: float) -> None:
+def plot_sets(path: Path, effects: Sequence[SetEffect]) -> None:
     """What each set gives, a column per variant: :data:`PANELS`, at each bit-width.
 
     Raises:
@@ -308,7 +326,7 @@ def plot_sets(path: Path, effects: Sequence[SetEffect], float_top1: float) -> No
     for bits, row in zip(widths, figure.subplots(len(widths), len(PANELS), squeeze=False), strict=True):
         shown = [effect for effect in effects if effect.bits == bits]
         for axes, (metric, words) in zip(row, PANELS.items(), strict=True):
-            _strips(axes, shown, metric, float_top1)
+            _strips(axes, shown, metric)
             axes.set_title(bits)
             axes.set_ylabel(words)
     handles, names = row[0].get_legend_handles_labels()
@@ -316,12 +334,13 @@ def plot_sets(path: Path, effects: Sequence[SetEffect], float_top1: float) -> No
     write_picture(path, figure)
 
 
-def _strips(axes: Any, effects: Sequence[SetEffect], metric: str, float_top1: float) -> None:
+def _strips(axes: Any, effects: Sequence[SetEffect], metric: str) -> None:
     """A dot per set over each variant's name, and a line from the least to the greatest."""
     sets = list(effects[0].means)
     columns = [[found[metric] for found in effect.means.values()] for effect in effects]
     if metric == "top1":
-        columns = [[float_top1 - value for value in values] for values in columns]
+        pairs = zip(effects, columns, strict=True)
+        columns = [[effect.float_top1 - value for value in values] for effect, values in pairs]
     for column, heights in enumerate(columns):
         axes.plot([column, column], [min(heights), max(heights)], color="0.8", lw=3, zorder=1)
         for place, height in enumerate(heights):

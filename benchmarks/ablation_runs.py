@@ -2,11 +2,11 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from calibquant.solver.main_imagenet import progress_bar
 from calibquant.solver.pipeline import (
     calibrate,
     fix_randomness,
-    float_model,
     quantize_model,
     recon_settings,
 )
@@ -60,43 +59,56 @@ class Result:
     """What a run left.
 
     Attributes:
-        val_images: how many images of the val folder were scored.
-        float_top1, float_val_top1: of the float network, in percent, on all images and on those.
+        images: those scored, by name; the val folder's first.
+        val_images: how many these are.
+        float_top1: of the float network, per image 0 or 100.
         reverted: units that learning made no better, kept as before it.
         seconds: by stage.
         range_only, reconstructed: the network before and after reconstruction.
     """
 
+    images: list[str]
     val_images: int
-    float_top1: float
-    float_val_top1: float
+    float_top1: Values
     reverted: int
     seconds: dict[str, float]
     range_only: Outcome
     reconstructed: Outcome
 
-    def on_val(self) -> "Result":
-        """The same of the val folder's images alone."""
+    def of(self, images: Collection[str]) -> "Result":
+        """The same of these images alone, in the run's order."""
+        places = [place for place, name in enumerate(self.images) if name in images]
         range_only, reconstructed = (
-            {metric: values[: self.val_images] for metric, values in outcome.items()}
+            {metric: values[places] for metric, values in outcome.items()}
             for outcome in (self.range_only, self.reconstructed)
         )
         return replace(
-            self, float_top1=self.float_val_top1, range_only=range_only, reconstructed=reconstructed
+            self,
+            images=[self.images[place] for place in places],
+            val_images=sum(place < self.val_images for place in places),
+            float_top1=self.float_top1[places],
+            range_only=range_only,
+            reconstructed=reconstructed,
         )
+
+    def on_val(self) -> "Result":
+        """The same of the val folder's images alone."""
+        return self.of(set(self.images[: self.val_images]))
 
 
 class Scorer:
-    """The float network and the images to score, which all runs share.
+    """The float network and the images to score, which runs share.
 
     Args:
         config: checked; of it only what no variant may change is read.
+        model: the float network, on the device.
         others: images to score beside those of the val folder, after them.
     """
 
-    def __init__(self, config: EasyDict, device: torch.device, others: Sequence[Sample] = ()) -> None:
-        self.config, self.device = config, device
-        self.model = float_model(config).to(device)
+    def __init__(
+        self, config: EasyDict, model: nn.Module, device: torch.device, others: Sequence[Sample] = ()
+    ) -> None:
+        self.config, self.model, self.device = config, model, device
         self.loaders = [validation_loader(config, device)]
         if others:
             transform = evaluation_transform(config.data)
@@ -109,54 +121,69 @@ class Scorer:
         return checksum({"weights": dict(self.model.state_dict()), "val": names_and_sizes(samples)})
 
     @cached_property
-    def references(self) -> tuple[Reference, Reference]:
-        """The float network's logits and the classes, an image an entry: on the val folder, and on all.
+    def truth(self) -> "Truth":
+        """The float network's. Found when first needed.
 
-        Found when first needed.
+        Raises:
+            UserError: no image of the val folder can be read, or a logit is no number.
         """
-        pairs = [list(self._run(self.model, loader)) for loader in self.loaders]
-        if not pairs[0]:
+        read = [list(self._run(self.model, loader)) for loader in self.loaders]
+        if not read[0]:
             raise UserError("val folder: no image in it can be read")
-        val, everything = (
-            Reference([logits for logits, _ in some], [target for _, target in some])
-            for some in (pairs[0], list(chain.from_iterable(pairs)))
-        )
-        return val, everything
-
-    @cached_property
-    def temperature(self) -> float:
-        """See :func:`fitted_temperature`; on all images."""
-        _, everything = self.references
-        assert everything.targets is not None
-        return fitted_temperature(torch.cat(everything.logits), torch.cat(everything.targets))
-
-    @property
-    def float_top1(self) -> tuple[float, float]:
-        """In percent, on the val folder and on all images."""
-        val, everything = (one.compare(one.logits).top1 for one in self.references)
-        assert val is not None and everything is not None
-        return val, everything
+        paths, logits, targets = zip(*chain.from_iterable(read), strict=True)
+        Reference(list(logits)).compare(logits)
+        names = ["/".join(path.parts[-3:]) for path in paths]
+        return Truth(names, len(read[0]), torch.cat(logits), torch.cat(targets))
 
     def outcome(self, network: nn.Module) -> Outcome:
         """Each image's metrics of a network against the float one."""
-        _, everything = self.references
-        assert everything.targets is not None
-        known = zip(everything.logits, everything.targets, strict=True)
+        truth = self.truth
+        known = zip(truth.logits.split(1), truth.targets.split(1), strict=True)
         found = chain.from_iterable(self._run(network, loader) for loader in self.loaders)
         images = [
-            image_metrics(logits, other, target, self.temperature)
-            for (logits, target), (other, _) in zip(known, found, strict=True)
+            image_metrics(expected, logits, target, truth.temperature)
+            for (expected, target), (_, logits, _) in zip(known, found, strict=True)
         ]
         return {metric: np.array([image[metric] for image in images], float) for metric in METRICS}
 
     @torch.no_grad()
-    def _run(self, network: nn.Module, loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits ``[1, classes]`` and class ``[1]`` of each readable image, on the CPU."""
+    def _run(self, network: nn.Module, loader: DataLoader[Any]) -> Iterator[tuple[Path, Tensor, Tensor]]:
+        """Path, logits ``[1, classes]`` and class ``[1]`` of each readable image, on the CPU."""
+        samples = iter(loader.dataset.samples)
         for batch in batches(loader, "evaluate"):
-            report_unreadable(batch, self.config.data.skip_unreadable)
-            if len(batch.images):
+            skipped = {one.path for one in report_unreadable(batch, self.config.data.skip_unreadable)}
+            here = islice(samples, len(batch.targets) + len(skipped))
+            paths = [path for path, _ in here if path not in skipped]
+            if paths:
                 logits = network(batch.images.to(self.device, non_blocking=True)).cpu()
-                yield from zip(logits.split(1), batch.targets.clone().split(1), strict=True)
+                yield from zip(paths, logits.split(1), batch.targets.clone().split(1), strict=True)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What networks are held against.
+
+    Attributes:
+        images: those that can be read, by name; the val folder's first.
+        val_images: how many these are.
+        logits: the float network's, ``[images, classes]``.
+        targets: classes, ``[images]``.
+    """
+
+    images: list[str]
+    val_images: int
+    logits: Tensor
+    targets: Tensor
+
+    @property
+    def top1(self) -> Values:
+        """Of the float network, per image 0 or 100."""
+        return 100 * (self.logits.argmax(1) == self.targets).double().numpy()
+
+    @cached_property
+    def temperature(self) -> float:
+        """See :func:`fitted_temperature`."""
+        return fitted_temperature(self.logits, self.targets)
 
 
 def image_metrics(expected: Tensor, found: Tensor, target: Tensor, temperature: float) -> dict[str, float]:
@@ -193,7 +220,7 @@ def execute(point: Point, scorer: Scorer, folder: Path) -> Result:
     """
     config, seconds = point.config, dict[str, float]()
     fix_randomness(config.process.seed, config.process.deterministic)
-    images, (float_val_top1, float_top1) = calibration_images(point), scorer.float_top1
+    images, truth = calibration_images(point), scorer.truth
     with timed(seconds, "calibrate"):
         network = quantize_model(scorer.model, config)
         calibrate(network, images, config)
@@ -208,8 +235,7 @@ def execute(point: Point, scorer: Scorer, folder: Path) -> Result:
         reverted = sum(unit.reverted for unit in units)
     with timed(seconds, "evaluate"):
         reconstructed = scorer.outcome(network)
-    val, _ = scorer.references
-    return Result(len(val.logits), float_top1, float_val_top1, reverted, seconds, range_only, reconstructed)
+    return Result(truth.images, truth.val_images, truth.top1, reverted, seconds, range_only, reconstructed)
 
 
 def calibration_images(point: Point) -> Tensor:
@@ -236,7 +262,7 @@ def recall(path: Path) -> Result | None:
     try:
         kept = json.loads(path.read_text())["result"]
         outcomes = {stage: {m: np.array(kept[stage][m], float) for m in METRICS} for stage in STAGES}
-        return Result(**{**kept, **outcomes})
+        return Result(**{**kept, **outcomes, "float_top1": np.array(kept["float_top1"], float)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as a run; remove it to run anew") from error
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +30,19 @@ class Difference:
     high: float
 
 
-def pooled(runs: Sequence[Values]) -> Values:
-    """Each image's mean over runs: what differs is then the variant, not a seed or a set."""
-    return np.mean(np.stack(runs), axis=0)
+def pooled(runs: Sequence[Values], images: Sequence[Sequence[str]]) -> Values:
+    """Each image's mean over the runs that scored it: what differs is then the variant, no seed or set.
+
+    Args:
+        images: each run's, by name; of the result in the order in which they first stand.
+    """
+    places = {name: place for place, name in enumerate(dict.fromkeys(chain.from_iterable(images)))}
+    sums, counts = np.zeros((2, len(places)))
+    for values, names in zip(runs, images, strict=True):
+        where = [places[name] for name in names]
+        sums[where] += values
+        counts[where] += 1
+    return sums / counts
 
 
 def paired_difference(found: Values, baseline: Values, seed: int = 0) -> Difference:

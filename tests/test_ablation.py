@@ -87,8 +87,9 @@ def test_a_network_that_diverged_is_told_and_drawn(tmp_path, value):
     assert not np.isfinite([found.mean, found.low, found.high]).any()
     lost = {"top1": 0.0, "agreement": 0.0, "kl": value, "expected_drop": value}
     fine = {"top1": 70.0, "agreement": 80.0, "kl": 0.1, "expected_drop": 0.1}
-    effects = [SetEffect("w2a4", "ours", {"one": lost, "two": fine}, lost, dict.fromkeys(lost, found), {})]
-    plot_sets(tmp_path / "plot.svg", effects, 75.0)
+    both = {"one": lost, "two": fine}
+    effects = [SetEffect("w2a4", "ours", 3, 75.0, both, lost, dict.fromkeys(lost, found), {})]
+    plot_sets(tmp_path / "plot.svg", effects)
     assert "<svg" in (tmp_path / "plot.svg").read_text() and str(value) in sets_table(effects)
 
 
@@ -109,8 +110,10 @@ def test_the_expected_drop_is_the_drop_with_less_noise_for_a_network_too_sure_of
     assert not drops[[one["agreement"] == 100 for one in found]].any()
 
 
-def test_runs_are_averaged_image_by_image():
-    assert pooled([np.array([0.0, 100.0]), np.array([100.0, 100.0])]).tolist() == [50, 100]
+def test_runs_are_averaged_image_by_image_over_those_that_scored_it():
+    both = [np.array([0.0, 100.0]), np.array([100.0, 100.0])]
+    assert pooled(both, ["ab", "ab"]).tolist() == [50, 100]
+    assert pooled(both, ["ab", "ca"]).tolist() == [50, 100, 100]
 
 
 def test_spreads_and_ranks():
@@ -290,29 +293,43 @@ def test_only_what_is_new_is_run(finished, place, monkeypatch, capsys):
 
 def test_other_images_under_the_same_names_are_scored_anew(finished, place):
     config = load_config(place / "config0.yaml")
-    before = Scorer(config, torch.device("cpu")).identity
+    model, device = random_float_model(config), torch.device("cpu")
+    before = Scorer(config, model, device).identity
     victim = min((place / "imagenet/val").rglob("*.JPEG"))
     content = victim.read_bytes()
     try:
         victim.write_bytes(content + b"\0")
-        assert Scorer(config, torch.device("cpu")).identity != before
+        assert Scorer(config, model, device).identity != before
     finally:
         victim.write_bytes(content)
-    assert Scorer(config, torch.device("cpu")).identity == before
+    assert Scorer(config, model, device).identity == before
 
 
-def test_images_that_no_run_calibrates_with_are_scored_too(finished, place, monkeypatch, capsys):
-    """Four of sixteen train images are left; what is said of the val folder stays what it was."""
-    more = ("--unused", "--out", "unused.json", "--plot", "unused.png")
+def test_images_that_a_set_leaves_are_scored_too(finished, place, monkeypatch, capsys):
+    """Of sixteen train images each set leaves eight, four of them both; of val images nothing changes."""
+    more = ("--unused", "--out", "unused.json", "--plot", "unused.png", "--work", "unused")
     assert ablate(place, monkeypatch, sets=SETS[:2], seeds=SEEDS[:1], more=more) == 0
     found = json.loads((place / "unused.json").read_text())
-    assert found["val_images"] == 12 and found["other_images"] == 4
+    assert found["val_images"] == 12 and found["other_images"] == 12
+    assert [one["scored_images"] for one in found["runs"]] == [20] * 4
+    assert [one["images"] for one in found["sets"]] == [16] * 2
     before = [r for r in finished["runs"] if r["set"] in ("list0", "list1") and r["seed"] == int(SEEDS[0])]
-    for one, whole in zip(found["on_val"]["comparisons"], found["comparisons"], strict=True):
+    for one in found["on_val"]["comparisons"]:
         kl = np.mean([r["reconstructed"]["kl"] for r in before if r["variant"] == one["variant"]])
-        assert one["means"]["kl"] == pytest.approx(kl) != pytest.approx(whole["means"]["kl"])
+        assert one["means"]["kl"] == pytest.approx(kl)
     out = capsys.readouterr().out
     assert "Val images alone:" in out and out.count("| bits | variant | runs |") == 2
+    kept = [json.loads(path.read_text()) for path in (place / "unused").glob("*.json")]
+    for variant, of_all, of_both in zip(VARIANTS, found["comparisons"], found["sets"], strict=True):
+        values: dict[str, list[float]] = {}
+        for one in (run["result"] for run in kept if run["run"].split()[1] == variant.split(",")[0]):
+            for name, kl in zip(one["images"], one["reconstructed"]["kl"], strict=True):
+                values.setdefault(name, []).append(kl)
+        assert len(values) == 24 and of_all["means"]["kl"] == pytest.approx(
+            np.mean([*map(np.mean, values.values())])
+        )
+        shared = np.array([kls for kls in values.values() if len(kls) == 2])
+        assert of_both["spreads"]["kl"] == pytest.approx(abs(np.diff(shared.mean(axis=0)).item()))
 
 
 def test_a_run_is_that_of_main_imagenet(place, monkeypatch):
