@@ -21,6 +21,7 @@ from calibquant.solver.compensate import Given, compensate_layer, layer_sums
 from calibquant.solver.fast import FastEngine
 from calibquant.solver.files import remove_temporaries
 from calibquant.solver.learn import Engine
+from calibquant.solver.memory import return_freed_memory
 from calibquant.solver.pipeline import recon_settings
 from calibquant.solver.recon import reconstruct, store_for
 from tests.peak import growth
@@ -148,8 +149,11 @@ def test_what_is_free_is_asked_of_the_machine(tmp_path):
 
 def test_what_torch_keeps_of_freed_gpu_memory_is_free(tmp_path, monkeypatch):
     kept = [3 * GIB]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5 * GIB - sum(kept), 8 * GIB))
+    assert room(GPU, tmp_path).device == 2 * GIB
+    return_freed_memory()
     assert room(GPU, tmp_path).device == 5 * GIB
 
 

@@ -117,8 +117,6 @@ def moments_of(layer: QuantLayer) -> int:
 def room(device: torch.device, folder: Path) -> Room:
     """What is free now on a device, in host memory (its control group's limit counts) and in a folder."""
     host = _host_memory()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what calibration freed counts as used as long as torch keeps it
     on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
     return Room(on_device, host, shutil.disk_usage(folder).free)
 
