@@ -389,6 +389,23 @@ def test_a_weight_is_chosen_by_what_is_held_out_and_then_improved_by_all():
     assert compensate_module.compensated(w[None], twice, never, every, GRID) is None
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_moments_that_can_be_factored_in_one_order_of_columns_only_leave_the_weight(monkeypatch, failing):
+    """Whether rounding leaves a matrix positive depends on the order, and on whose library factors it."""
+    b, w = correlated(400, 30), weight(8, 30)
+    moments = Moments(second_moment(b), torch.zeros(1, 8, 30))
+    assert compensate_module.compensated(w[None], moments, moments, moments, GRID) is not None
+    fitted, calls = compensate_module.fitted, []
+
+    def fails_once(*given):
+        calls.append(given)
+        return None if len(calls) == failing else fitted(*given)
+
+    monkeypatch.setattr(compensate_module, "fitted", fails_once)
+    assert compensate_module.compensated(w[None], moments, moments, moments, GRID) is None
+    assert len(calls) == failing
+
+
 def blocks(bottleneck: bool):
     """Units of a calibrated network with what each is given: quantized inputs, float inputs, target."""
     model, x = calibrated(bottleneck), images()

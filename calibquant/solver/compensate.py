@@ -317,7 +317,7 @@ def compensated(
         moments, unseen, every: of the images learned from, of those held out, and of both.
 
     Returns:
-        None where nearest rounding serves those held out better.
+        None where nearest rounding serves those held out better, or the moments cannot be factored.
     """
 
     def error(grid: WeightGrid, steps: Tensor) -> float:
@@ -334,7 +334,8 @@ def compensated(
     if steps is None or not least < error(grid, grid.steps(weight)):
         return None
     problem, better = fitted(weight, moments, DAMPINGS[chosen]), (grid, steps)
-    assert problem is not None
+    if problem is None:  # in another order of columns than the one in which they could be
+        return None
     for passed in islice(descent(*problem, grid, steps), PASSES):
         now = error(*passed)
         if not now < least:
