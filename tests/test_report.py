@@ -265,6 +265,18 @@ def test_without_matplotlib_a_run_ends_well_with_one_line(
         make_report(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["report", "sensitivity"])
+def test_a_backend_that_matplotlib_no_longer_has_is_one_line(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", "Qt4Agg")  # as a .bashrc may still say
+    config = str(write_config(tmp_path))
+    arguments = {"report": [str(write_run(tmp_path, metrics([])))], "sensitivity": ["--config", config]}
+    done = script(name, *arguments[name], cwd=tmp_path)
+    line = only(done.stderr.strip().splitlines())
+    assert done.returncode == 2 and line.startswith("error: MPLBACKEND: ") and "'Qt4Agg'" in line
+
+
 def test_what_cannot_be_written_or_read_is_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

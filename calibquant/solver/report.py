@@ -86,12 +86,14 @@ def require_matplotlib() -> None:
     """Make sure that pages can be made; what draws is imported after this, for a run goes on without it.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or MPLBACKEND is none of its backends.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError("matplotlib is not installed: pip install matplotlib") from error
+    except ValueError as error:
+        raise UserError(f"MPLBACKEND: matplotlib cannot be imported: {error}") from error
 
 
 def write_report(folder: Path) -> None:

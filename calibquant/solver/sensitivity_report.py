@@ -50,7 +50,7 @@ def require_matplotlib() -> None:
     """Make sure, before hours of work, that a plot can be drawn.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: matplotlib is not installed, or MPLBACKEND is none of its backends.
     """
     try:
         import matplotlib.figure  # noqa: F401
@@ -58,6 +58,8 @@ def require_matplotlib() -> None:
         raise UserError(
             "the plot needs matplotlib: pip install -r requirements.txt, or give --plot none"
         ) from error
+    except ValueError as error:
+        raise UserError(f"MPLBACKEND: matplotlib cannot be imported: {error}") from error
 
 
 def plot_sensitivity(path: Path, ranked: list[str], measurements: list[Measurement], title: str) -> None:
