@@ -281,6 +281,20 @@ def test_without_matplotlib_one_line_says_what_to_do_and_none_is_needed_for_no_p
     run(monkeypatch, sensitivity.main, "--config", config, "--plot", "none", "--images", "2")
 
 
+def test_a_plot_that_cannot_be_written_costs_no_config(place, monkeypatch):
+    def fail(*_: object) -> None:
+        raise UserError("sensitivity.png: cannot be written: No space left on device")
+
+    monkeypatch.setattr(sensitivity, "plot_sensitivity", fail)
+    monkeypatch.chdir(place)
+    config = str(write_config(place, data__type="full_disk", **QUICK))
+    with pytest.raises(UserError, match="No space left"):
+        run(monkeypatch, sensitivity.main, "--config", config, "--images", "2", "--budget", "8")
+    folder = only((place / "train_log" / "sensitivity" / "resnet18_full_disk_w2_a4").iterdir())
+    assert "budget" in json.loads((folder / "metrics.json").read_text())
+    load_config(folder / "mixed.yaml")
+
+
 def test_a_written_config_is_whole_yaml_in_the_keys_order(tmp_path):
     config = small()
     sensitivity.write_config(tmp_path / "mixed.yaml", config, [{"match": "stem", "a_bit": 5}], "3 bits")

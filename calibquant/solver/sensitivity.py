@@ -101,14 +101,14 @@ def analyse(config: EasyDict, plan: Plan, device: torch.device, run: RunLog) -> 
         for line in table(ranked, measurements, uniform):
             logger.info("%s", line)
     run.record(all_at_once={str(bits): asdict(cost) for bits, cost in uniform.items()})
-    if plan.plot != "none":
+    if plan.budget is not None:
+        keep_budget(probe, measurements, config, plan, run)
+    if plan.plot != "none":  # last: the config is worth more, and takes less room
         picture = run.folder / f"sensitivity.{plan.plot}"
         plot_sensitivity(
             picture, ranked, measurements, f"{config.model.type}, one {plan.granularity} at a time"
         )
         logger.info("plot: %s", picture)
-    if plan.budget is not None:
-        keep_budget(probe, measurements, config, plan, run)
 
 
 def make_probe(config: EasyDict, plan: Plan, device: torch.device, run: RunLog) -> Probe:
