@@ -360,6 +360,20 @@ def test_a_list_a_folder_and_a_run_agree_on_a_sets_hash_and_both_scores_can_be_h
     assert one["images"] == 6 and one["ranges"]["kl"] > 0 and 0 <= one["ranges"]["agreement"] <= 100
 
 
+def test_an_image_that_a_set_links_twice_counts_as_its_copy_would(place, run, tmp_path):
+    files = sorted((place / "imagenet" / "train" / WNIDS[0]).iterdir())
+    for name, make in (("links", Path.symlink_to), ("copies", lambda path, file: shutil.copy(file, path))):
+        (tmp_path / name / WNIDS[0]).mkdir(parents=True)
+        for number, file in enumerate([files[0], files[0], files[1]]):
+            make(tmp_path / name / WNIDS[0] / f"{number}.JPEG", file)
+    written = tmp_path / "scores.json"
+    sets = [tmp_path / "links", tmp_path / "copies"]
+    assert run("--score", *sets, "--config", "config0.yaml", "--json", written)[0] == 0
+    one, two = json.loads(written.read_text())["sets"]
+    assert one["sha256"] == two["sha256"] and one["images"] == two["images"] == 3
+    assert one["statistics"] == pytest.approx(two["statistics"], rel=1e-6)
+
+
 @EACH_POOL_STRATEGY
 def test_unreadable_candidates_give_way_to_others_of_their_class(place, strategy, tmp_path, caplog):
     train = tmp_path / "train"

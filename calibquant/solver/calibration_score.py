@@ -20,8 +20,8 @@ def statistics_distances(model: nn.Module, batches: Iterable[tuple[Tensor, Tenso
 
     Args:
         model: float, in evaluation mode.
-        batches: images ``[n, 3, H, W]`` on the model's device, and which sets hold them, ``[sets, n]``,
-            boolean. Every set holds an image.
+        batches: images ``[n, 3, H, W]`` on the model's device, and how often sets hold them,
+            ``[sets, n]``. Every set holds an image.
 
     Raises:
         ValueError: activations hold NaN or infinity.

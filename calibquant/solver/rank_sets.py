@@ -1,6 +1,7 @@
 """What ``select_calibration.py --score`` does: find sets, run their images, rank the sets, show a table."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,11 +140,11 @@ def rank_sets(
 
 def score_statistics(sets: list[ImageSet], union: list[Path], reader: Reader) -> list[float]:
     """Distance of each set's activation statistics from batch norm's running ones."""
-    held = [frozenset(one.paths) for one in sets]
+    held = [Counter(one.paths) for one in sets]  # an image linked twice counts twice, as in a run
 
     def members() -> Iterator[tuple[Tensor, Tensor]]:
         for images, paths in reader.read(union, "statistics"):
-            yield images, torch.tensor([[path in some for path in paths] for some in held])
+            yield images, torch.tensor([[some[path] for path in paths] for some in held])
         _require_readable(sets, reader)
 
     try:
