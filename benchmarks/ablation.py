@@ -134,10 +134,10 @@ def scorers(config: EasyDict, points: list[Point], device: torch.device, and_unu
     return [shared[draw] for draw in draws]
 
 
-def run_all(points: list[Point], scorers: list[Scorer], work: Path) -> list[tuple[Point, Result]]:
+def run_all(points: list[Point], by: list[Scorer], work: Path) -> list[tuple[Point, Result]]:
     """Each run's result: from the folder, or else run now and kept there."""
     finished = []
-    for number, (point, scorer) in enumerate(zip(points, scorers, strict=True), start=1):
+    for number, (point, scorer) in enumerate(zip(points, by, strict=True), start=1):
         path = work / f"{point.key(scorer.identity)}.json"
         result, how = recall(path), "kept"
         if result is None:

@@ -171,6 +171,23 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_atomically(path, lambda file: (file.write(content), None)[1])
 
 
+def require_matplotlib(missing: str = "matplotlib is not installed: pip install matplotlib") -> None:
+    """Make sure that pictures can be drawn. What draws is imported after this: a run goes on without it.
+
+    Args:
+        missing: said where it is not installed.
+
+    Raises:
+        UserError: it is not, or MPLBACKEND is none of its backends.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise UserError(missing) from error
+    except ValueError as error:
+        raise UserError(f"MPLBACKEND: matplotlib cannot be imported: {error}") from error
+
+
 def write_picture(path: Path, figure: Any) -> None:
     """Write a matplotlib figure, as the name's end says one of :data:`PICTURES`, atomically."""
     write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150))

@@ -34,7 +34,7 @@ from calibquant.report.record import (
     thumbnails,
 )
 from calibquant.report.run_data import read_run
-from calibquant.solver.files import write_bytes, write_json
+from calibquant.solver.files import require_matplotlib, write_bytes, write_json
 from calibquant.solver.imagenet_util import Calibration
 from calibquant.solver.script import Parser, one_line, run_script
 
@@ -80,20 +80,6 @@ def _write(page: str, path: Path) -> Path:
     content = page.encode("utf-8", errors="backslashreplace")
     write_bytes(path, content)
     return path
-
-
-def require_matplotlib() -> None:
-    """Make sure that pages can be made; what draws is imported after this, for a run goes on without it.
-
-    Raises:
-        UserError: it is not installed, or MPLBACKEND is none of its backends.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError("matplotlib is not installed: pip install matplotlib") from error
-    except ValueError as error:
-        raise UserError(f"MPLBACKEND: matplotlib cannot be imported: {error}") from error
 
 
 def write_report(folder: Path) -> None:

@@ -35,7 +35,7 @@ from calibquant.solver.bit_budget import (
     fewest_bits_per_weight,
 )
 from calibquant.solver.config import check_config, load_config, plain
-from calibquant.solver.files import PICTURES, write_bytes
+from calibquant.solver.files import PICTURES, require_matplotlib, write_bytes
 from calibquant.solver.imagenet_util import (
     batches,
     drawn,
@@ -55,12 +55,7 @@ from calibquant.solver.pipeline import (
 from calibquant.solver.probe import Bits, Measurement, Probe
 from calibquant.solver.run_log import RunLog, start_run
 from calibquant.solver.script import choose_device, config_parser, run_script
-from calibquant.solver.sensitivity_report import (
-    plot_sensitivity,
-    ranking,
-    require_matplotlib,
-    table,
-)
+from calibquant.solver.sensitivity_report import plot_sensitivity, ranking, table
 
 logger = logging.getLogger("calibquant")
 
@@ -84,7 +79,10 @@ def main() -> None:
     config = load_config(args.config)
     plan = check_arguments(args, config)
     if plan.plot != "none":
-        require_matplotlib()
+        # before hours of work
+        require_matplotlib(
+            "the plot needs matplotlib: pip install -r requirements.txt, or give --plot none"
+        )
     with start_run(LOG_ROOT, config) as run:
         analyse(config, plan, choose_device(args.device), run)
 

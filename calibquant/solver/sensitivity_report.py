@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from calibquant.errors import UserError
 from calibquant.solver.files import write_picture
 from calibquant.solver.probe import Bits, Cost, Measurement
 
@@ -44,22 +43,6 @@ def table(ranked: list[str], measurements: list[Measurement], uniform: dict[Bits
 def _cells(cost: Cost) -> list[str]:
     top1 = [] if cost.top1 is None else [f"{cost.top1:.2f}"]
     return [f"{cost.kl:.5f}", f"{cost.agreement:.2f}", *top1]
-
-
-def require_matplotlib() -> None:
-    """Make sure, before hours of work, that a plot can be drawn.
-
-    Raises:
-        UserError: matplotlib is not installed, or MPLBACKEND is none of its backends.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "the plot needs matplotlib: pip install -r requirements.txt, or give --plot none"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"MPLBACKEND: matplotlib cannot be imported: {error}") from error
 
 
 def plot_sensitivity(path: Path, ranked: list[str], measurements: list[Measurement], title: str) -> None:
